@@ -45,6 +45,7 @@ readme: install
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --TagRemovePreprocessor.enabled=True \
 	  --TagRemovePreprocessor.remove_cell_tags hide --TagRemovePreprocessor.remove_input_tags hide-input --output-dir . --output README nbs/index.ipynb
 	sed -i.bak -e 's#](\.\./#](#g' -e 's#](\([a-z0-9_/]*\.ipynb\))#](nbs/\1)#g' README.md && rm README.md.bak
+	awk '/^```[a-z]/ {inside = 1; print; next} /^```$$/ {print inside ? "```" : "```python"; inside = !inside; next} 1' README.md > README.tmp && mv README.tmp README.md
 
 lab: install
 	$(BIN)/jupyter lab nbs

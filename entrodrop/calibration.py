@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, torch
 from datasets import load_from_disk
+from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -32,11 +33,12 @@ def _boolq(): return sorted(set(load_from_disk(str(data_folder() / "boolq/none/v
 
 def _jsonl(path):
     docs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # splitlines would also split inside of strings
         if not line.strip(): continue
-        try: docs.append(json.loads(line)["text"])
-        except (json.JSONDecodeError, KeyError, TypeError) as e:
-            raise ValueError(f"{path}, line {number}: expected a JSON object with a 'text' field, got {line[:60]!r}") from e
+        try: doc = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError): doc = None
+        if not isinstance(doc, str): raise ValueError(f"{path}, line {number}: expected a JSON object with a 'text' field that is a string, got {line[:60]!r}")
+        docs.append(doc)
     return docs
 
 def _txt(path, size=4000):
@@ -92,13 +94,14 @@ def load_text(data="pydoc", # as for `documents`
               share=.2,     # of the characters to hold out
              )->Text:
     "Split a source into calibration and held-out documents that share no run of 13 words. Raises `ValueError` where it cannot be split"
+    if not 0 < share < .5: raise ValueError(f"share must lie between 0 and 0.5, got {share!r}")
     docs = sorted(set(documents(data)))
     digest = lambda group: hashlib.sha256("".join(docs[i] for i in group).encode()).digest()
     total, taken, held = sum(map(len, docs)), 0, set()
     for group in sorted(shared_runs(docs), key=digest):
         size = sum(len(docs[i]) for i in group)
         if taken < share * total and taken + size <= 2 * share * total: held.update(group); taken += size
-    if not held: raise ValueError(f"text source {str(data)!r} cannot be split: its {len(docs)} documents share text; give more, unrelated documents")
+    if not held: raise ValueError(f"text source {str(data)!r} cannot be split: its documents ({len(docs)}) are too few or share too much text; give more, unrelated documents")
     name = data if data in SOURCES else Path(data).name
     return Text(name, [d for i, d in enumerate(docs) if i not in held], [d for i, d in enumerate(docs) if i in held])
 
@@ -142,7 +145,10 @@ def heldout_windows(tokenizer,
     starts = np.linspace(0, len(ids) - length, windows).astype(int)
     return torch.tensor([ids[start:start + length] for start in starts])
 
-def _interval(mean, stderr, z=1.96): return mean, mean - z * stderr, mean + z * stderr
+def _interval(x):
+    "Exponential of the mean, and its 95 % interval by Student's t"
+    half = stats.t.ppf(.975, len(x) - 1) * np.std(x, ddof=1) / math.sqrt(len(x))
+    return tuple(float(np.exp(np.mean(x) + side * half)) for side in (0, -1, 1))
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -151,12 +157,11 @@ class Perplexity:
 
     def interval(self)->tuple:
         "Perplexity and its 95 % interval over windows"
-        return tuple(map(math.exp, _interval(np.mean(self.nll), np.std(self.nll, ddof=1) / math.sqrt(len(self.nll)))))
+        return _interval(self.nll)
 
     def ratio(self, other)->tuple:
         "How many times the perplexity of `other`, with a 95 % interval over the paired windows"
-        difference = np.subtract(self.nll, other.nll)
-        return tuple(map(math.exp, _interval(difference.mean(), difference.std(ddof=1) / math.sqrt(len(difference)))))
+        return _interval(np.subtract(self.nll, other.nll))
 
 @torch.inference_mode()
 def perplexity(model,

@@ -63,6 +63,7 @@ class Profile:
         "Write `path.parquet` and `path.json`"
         path = Path(path)
         temporary = path.with_name(f".{os.getpid()}-{path.name}.parquet")
+        Path(f"{path}.json").unlink(missing_ok=True)  # a table whose record is missing is no profile, one with a wrong record would be a false one
         self.table.to_parquet(temporary, index=False)
         os.replace(temporary, f"{path}.parquet")
         write_text(f"{path}.json", json.dumps(self.provenance, indent=2, sort_keys=True) + "\n")
@@ -74,10 +75,10 @@ class Profile:
 
 # %% ../nbs/01_two_stage_dynamics.ipynb #720e3e3f
 def _settings(estimator):
-    "Name and parameters of an estimator, for the record"
+    "Name, parameters and a hash of the code of an estimator, for the record"
     f, given = (estimator.func, estimator.keywords) if isinstance(estimator, functools.partial) else (estimator, {})
     defaults = {n: p.default for n, p in inspect.signature(f).parameters.items() if p.default is not p.empty}
-    return dict(function=f.__name__) | defaults | given
+    return dict(function=f.__qualname__, code=hashlib.sha256(inspect.getsource(inspect.getmodule(f)).encode()).hexdigest()[:16]) | defaults | given
 
 def profile_provenance(model, name, calibration, estimators, batch_size)->dict:
     "Everything the numbers of a profile depend on"
@@ -86,6 +87,12 @@ def profile_provenance(model, name, calibration, estimators, batch_size)->dict:
                 tokens_sha256=hashlib.sha256(calibration.ids.cpu().numpy().tobytes()).hexdigest(),
                 estimators={n: _settings(f) for n, f in estimators.items()},
                 versions=dict(entrodrop=__version__, python=platform.python_version(), **versions))
+
+def _as_calibration(x): return x if isinstance(x, Calibration) else Calibration(x, {})
+
+def _place(point):
+    "A point of the stream in words, by the block that it leaves"
+    return "layer 0, input" if point == 0 else f"layer {(point - 1) // 2}, after {'attention' if point % 2 else 'MLP'}"
 
 @torch.inference_mode()
 def measure(model,           # a supported decoder
@@ -98,7 +105,7 @@ def measure(model,           # a supported decoder
 
     Raises `ValueError` for token ids of the wrong shape, and with layer and block for states an estimator refuses."""
     estimators = estimators or ESTIMATORS
-    if not isinstance(calibration, Calibration): calibration = Calibration(calibration, {})
+    calibration = _as_calibration(calibration)
     ids, layers = calibration.ids, len(decoder_layers(model))
     if ids.ndim != 2 or 0 in ids.shape: raise ValueError(f"token ids must have shape (samples, length), got {tuple(ids.shape)}")
     entropy = np.full((len(estimators), len(ids), 2 * layers + 1), np.nan)
@@ -107,7 +114,7 @@ def measure(model,           # a supported decoder
     def visit(point, z):
         for e, f in enumerate(estimators.values()):
             try: entropy[e, rows, point] = f(z).cpu()
-            except ValueError as error: raise ValueError(f"stream point {point} (layer {point // 2}, {'after attention' if point % 2 else 'input'}): {error}") from error
+            except ValueError as error: raise ValueError(f"{_place(point)}: {error}") from error
         for b, (start, end) in enumerate(BLOCKS.values()):
             layer, rest = divmod(point - end, 2)
             if rest == 0 and 0 <= layer: cosine[rows, layer, b] = 1 - F.cosine_similarity(held[start].float(), z.float(), dim=-1).mean(-1).cpu()
@@ -128,8 +135,10 @@ def measure(model,           # a supported decoder
 # %% ../nbs/01_two_stage_dynamics.ipynb #0eba24a5
 def measured(path, model, calibration, estimators=None, batch_size=8, name="")->Profile:
     "The profile at `path` if every input is the same as now, else a new one, saved there; arguments as for `measure`"
-    wanted = profile_provenance(model, name, calibration, estimators or ESTIMATORS, batch_size)
-    if Path(f"{path}.json").exists() and Path(f"{path}.parquet").exists() and (old := Profile.load(path)).provenance == json.loads(json.dumps(wanted)):
+    estimators, calibration = estimators or ESTIMATORS, _as_calibration(calibration)
+    wanted = profile_provenance(model, name, calibration, estimators, batch_size)
+    named = not any("<" in s["function"] for s in wanted["estimators"].values())  # what a lambda computes, its name does not say
+    if named and Path(f"{path}.json").exists() and Path(f"{path}.parquet").exists() and (old := Profile.load(path)).provenance == json.loads(json.dumps(wanted)):
         print(f"read {Path(path).name}.parquet, measured earlier with the same model, text and settings")
         return old
     profile = measure(model, calibration, estimators, batch_size, name)

@@ -99,7 +99,8 @@ def load_model(name=EMBEDDED,  # `smollm2-135m`, a folder, a `.gguf` file, or a 
     where = _locate(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.float32 if str(device) == "cpu" else torch.bfloat16)
-    if isinstance(dtype, str): dtype = getattr(torch, dtype)
+    if isinstance(dtype, str): dtype = getattr(torch, dtype, dtype)
+    if not isinstance(dtype, torch.dtype): raise ValueError(f"dtype must be a torch dtype or its name, such as 'bfloat16', got {dtype!r}")
     if "gguf_file" in where:
         model = _read_gguf(Path(name).expanduser(), dtype)[0].to("cpu" if device == "auto" else device)
     else:
@@ -147,7 +148,7 @@ def fingerprint(model)->str:
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         flat = p.detach().reshape(-1)
-        values = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy().tobytes()
+        values = flat[:: -(-flat.numel() // 64)].float().cpu().numpy().tobytes()
         digest.update(f"{name}{tuple(p.shape)}".encode() + values)
     return digest.hexdigest()[:16]
 

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['PROTECTIONS', 'protected_layers', 'Plan', 'plan', 'DroppedBlock', 'dropped', 'drop']
 
-# %% ../nbs/02_pruning.ipynb #aaa3cba7
-import json
+# %% ../nbs/02_pruning.ipynb #bc698d7e
+import inspect, json
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from .dynamics import BLOCKS, expansion_start, write_text
 from .models import architecture, decoder_layers
 
@@ -49,6 +50,8 @@ class Plan:
 
     def __post_init__(self):
         if not isinstance(self.k, int) or self.k < 0: raise ValueError(f"k must be a whole number of at least 0, got {self.k!r}")
+        if len({*self.order} & {*range(self.layers)} - {*self.protected}) != len(self.order):
+            raise ValueError(f"the order {list(self.order)} of a plan must name each droppable layer of {self.layers} once, and none of the protected {list(self.protected)}")
         if self.k > len(self.order):
             where = f"in the expansion stage (layers {self.start} to {self.layers - 1})" if self.protection == "stage1" else f"outside the {len(self.protected)} protected layers"
             name = self.target + ("s" if self.target == "layer" else " blocks")
@@ -111,9 +114,14 @@ def _swap(changes, owner, name, value):
     changes.append((owner, name, getattr(owner, name)))
     setattr(owner, name, value)
 
+def _refuse_to_save(*args, **kwargs):
+    raise ValueError("a model that lacks some attention or MLP blocks is not saved: transformers would load it with random weights in their place. "
+                     "Save the plan, and drop again after loading; a model that lacks whole layers does save")
+
 def _apply(model, target, drop):
     "Drop blocks; returns the changes, which `_undo` takes back"
     arch, layers, changes = architecture(model), decoder_layers(model), []
+    maybe_install_capturing_hooks(model.base_model)  # done once by transformers, so it must not happen while blocks are missing
     if target == "layer":
         keep = [i for i in range(len(layers)) if i not in drop]
         parent, _, name = arch.layers.rpartition(".")
@@ -125,12 +133,15 @@ def _apply(model, target, drop):
         for i in drop:
             _swap(changes, layers[i], block, DroppedBlock(result))
             _swap(changes, layers[i], norm, nn.Identity())
+        if drop: _swap(changes, model, "save_pretrained", _refuse_to_save)
     slots = [m for layer in decoder_layers(model) for m in layer.modules() if hasattr(m, "layer_idx")]
     for slot, module in enumerate(slots): _swap(changes, module, "layer_idx", slot)
     return changes
 
 def _undo(changes):
-    for owner, name, value in reversed(changes): setattr(owner, name, value)
+    for owner, name, value in reversed(changes):
+        if inspect.ismethod(value): delattr(owner, name)  # uncovers the method of the class
+        else: setattr(owner, name, value)
 
 def _check_fits(model, plan):
     "Raise `ValueError` unless the plan was made for a model of this shape"

@@ -108,14 +108,12 @@ def test_missing_file(tmp_path, suffix):
 
 @pytest.mark.parametrize("line", [
     "{'text': 'single quotes'}", '{"text": "cut off', '{"Text": "capital"}', '["text"]', '"text"', "7",
-    *[pytest.param(f'{{"text": {value}}}', marks=pytest.mark.xfail(strict=True, raises=AttributeError, reason="a text that is no string raises AttributeError"))
-      for value in ("7", "null")]])
+    '{"text": 7}', '{"text": null}'])
 def test_malformed_line_is_numbered(tmp_path, line):
     (tmp_path / "bad.jsonl").write_text(f'{{"text": "good"}}\n\n{line}\n{{"text": "good too"}}\n')
     with pytest.raises(ValueError, match="bad.jsonl, line 3: expected a JSON object with a 'text' field"): documents(tmp_path / "bad.jsonl")
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="the file is split at characters that end no line of JSON")
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
 def test_only_newlines_end_a_line(tmp_path, mark):
     docs = [f"before{mark}after", "second"]
@@ -202,10 +200,10 @@ def test_batch_size_does_not_matter(decoder, ids, batch_size):
 
 
 def test_interval_and_ratio_by_hand():
-    this, other = Perplexity((1., 2., 6.)), Perplexity((1., 1., 4.))  # differences 0, 1, 2: mean 1, deviation 1
-    assert this.ratio(other) == pytest.approx([math.exp(1 + 1.96 * s / math.sqrt(3)) for s in (0, -1, 1)])
+    this, other = Perplexity((1., 2., 6.)), Perplexity((1., 1., 4.))  # differences 0, 1, 2: mean 1, deviation 1; t at 97.5 % and 2 degrees of freedom: 4.30265
+    assert this.ratio(other) == pytest.approx([math.exp(1 + 4.30265 * s / math.sqrt(3)) for s in (0, -1, 1)], rel=1e-4)
     deviation = math.sqrt((4 + 1 + 9) / 2)
-    assert this.interval() == pytest.approx([math.exp(3 + 1.96 * s * deviation / math.sqrt(3)) for s in (0, -1, 1)])
+    assert this.interval() == pytest.approx([math.exp(3 + 4.30265 * s * deviation / math.sqrt(3)) for s in (0, -1, 1)], rel=1e-4)
     assert this.ratio(other)[0] == pytest.approx(1 / other.ratio(this)[0])
 
 

@@ -185,6 +185,14 @@ def test_fingerprint_tells_every_block(llama):
     assert len(found) == 16
 
 
+def test_fingerprint_sees_the_end_of_every_weight(llama):
+    for name, _ in llama.named_parameters():
+        changed = copy.deepcopy(llama)
+        last = changed.get_parameter(name).data.view(-1)
+        last[-len(last) // 16:] *= 1.5
+        assert fingerprint(changed) != fingerprint(llama), name
+
+
 def test_fingerprint_is_of_weights_not_of_names(decoder, tmp_path):
     described = []
     for name in ("One", "other"):
