@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := api/figures 00_entropy_estimators api/models api/calibration 01_two_stage_dynamics 02_pruning 03_benchmarks index
 QUIET := TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error
+STATE := (git status --porcelain -- nbs entrodrop README.md; git diff -- nbs entrodrop README.md) | git hash-object --stdin
 
 .PHONY: install demo test check notebooks readme lab clean
 
@@ -27,9 +28,9 @@ test: check
 
 # Exporting, cleaning and rendering must change nothing: the package is what the notebooks say
 check: install
-	@before=$$(git diff -- nbs entrodrop README.md | git hash-object --stdin); \
+	@before=$$($(STATE)); \
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(MAKE) --no-print-directory readme && \
-	after=$$(git diff -- nbs entrodrop README.md | git hash-object --stdin); \
+	after=$$($(STATE)); \
 	if [ "$$before" != "$$after" ]; then git diff --stat -- nbs entrodrop README.md; \
 	  echo "nbdev_export, nbdev_clean or make readme changed these files: commit the result"; exit 1; fi
 

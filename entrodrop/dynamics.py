@@ -38,23 +38,30 @@ class Profile:
     @property
     def layers(self)->int: return self.provenance["model"]["layers"]
     @property
-    def estimators(self)->list: return list(self.provenance["estimators"])
+    def estimators(self)->list: return [c for c in self.table.criterion.unique() if c != "cosine"]
     @property
     def criteria(self)->list: return [*self.estimators, "cosine"]
+
+    def _finite(self, t, criterion):
+        "The rows of samples for which a criterion is finite everywhere"
+        t = t[~t["sample"].isin(t["sample"][~np.isfinite(t.score)])]
+        if t.empty: raise ValueError(f"{criterion} is finite for no sample of the profile; use another criterion, or other text")
+        return t
 
     def scores(self,
                block,     # "attention", "mlp" or "layer"
                criterion, # one of `criteria`
-              )->np.ndarray: # `(samples, layers)`
-        "Scores of all blocks of one kind. Raises `ValueError` for names that the profile does not have"
+              )->np.ndarray: # `(samples, layers)`, of samples for which it is finite
+        "Scores of all blocks of one kind. Raises `ValueError` for names that the profile does not have, and if no sample is finite"
         for value, choices in ((block, BLOCKS), (criterion, self.criteria)):
             if value not in choices: raise ValueError(f"the profile has no {value!r}; choose {', '.join(choices)}")
-        t = self.table[(self.table.block == block) & (self.table.criterion == criterion)]
+        t = self._finite(self.table[(self.table.block == block) & (self.table.criterion == criterion)], criterion)
         return t.pivot(index="sample", columns="layer", values="score").to_numpy()
 
     def curves(self)->pd.DataFrame:
-        "Entropy of the stream at layer boundaries: estimator, sample, depth (0 to layers), entropy (nats)"
-        t = self.table[(self.table.block == "layer") & (self.table.criterion != "cosine")]
+        "Entropy of the stream at layer boundaries: estimator, sample, depth (0 to layers), entropy (nats), where it is finite"
+        t = self.table[self.table.block == "layer"]
+        t = pd.concat([self._finite(t[t.criterion == e], e) for e in self.estimators])
         last = t[t.layer == self.layers - 1]
         return pd.concat([pd.DataFrame(dict(estimator=part.criterion, sample=part["sample"], depth=part.layer + shift, entropy=part[column]))
                           for part, shift, column in ((t, 0, "before"), (last, 1, "after"))], ignore_index=True)
@@ -117,7 +124,7 @@ def measure(model,           # a supported decoder
             except ValueError as error: raise ValueError(f"{_place(point)}: {error}") from error
         for b, (start, end) in enumerate(BLOCKS.values()):
             layer, rest = divmod(point - end, 2)
-            if rest == 0 and 0 <= layer: cosine[rows, layer, b] = 1 - F.cosine_similarity(held[start].float(), z.float(), dim=-1).mean(-1).cpu()
+            if rest == 0 and 0 <= layer: cosine[rows, layer, b] = 1 - F.cosine_similarity(held[start].to(z.device).float(), z.float(), dim=-1).mean(-1).cpu()
         held[point % 2] = z
     with stream(model, visit):
         for start in tqdm(range(0, len(ids), batch_size), desc="measuring", unit="batch"):

@@ -59,10 +59,11 @@ def plot_entropy(curves, # DataFrame: estimator, sample, depth (0: before the fi
         sns.lineplot(data, x="depth", y="entropy", errorbar=("pi", 80), color="black", ax=ax)
         ax.axvspan(0, start.start, color=STAGES["compression"], alpha=.25, lw=0, label="compression")
         ax.axvspan(start.start, end, color=STAGES["expansion"], alpha=.25, lw=0, label="expansion")
-        if start.high > start.low: ax.axvspan(start.low, start.high, facecolor="none", edgecolor="gray", hatch="///", lw=0)
+        if start.high > start.low: ax.axvspan(start.low, start.high, facecolor="none", edgecolor="gray", hatch="///", lw=0, label="95 % interval of the boundary")
         ax.set(title=f"{name}: expansion starts at {start.start}", xlabel="layers passed", ylabel="entropy (nats)", xlim=(0, end))
     for ax in axes.flat[len(names):]: ax.set_axis_off()
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     return fig
 
 def plot_increase(scores, # DataFrame: block, criterion, layer, score (nats)
@@ -114,14 +115,15 @@ def plot_quality(rows,        # DataFrame: criterion, rule, k, value, low, high
                 ):            # matplotlib figure
     "Quality against the number of dropped blocks, a panel a protection rule, a line a criterion with its interval"
     rules, criteria = list(rows.rule.unique()), list(dict.fromkeys(rows.criterion.sort_values() if rows.criterion.dtype == "category" else rows.criterion))
-    fig, axes = plt.subplots(1, len(rules), figsize=(3.8 * len(rules), 3), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(rules), figsize=(2 + 2.6 * len(rules), 3), sharey=True, squeeze=False)
     shift = np.linspace(-.3, .3, len(criteria))  # so that intervals do not hide each other
     for ax, rule in zip(axes.flat, rules):
         for i, criterion in enumerate(criteria):
             r = rows[(rows.rule == rule) & (rows.criterion == criterion)].sort_values("k")
             if not len(r): continue
-            color = f"C{[*CRITERIA, *(c for c in criteria if c not in CRITERIA)].index(criterion)}" if criterion != "random" else "gray"
-            ax.errorbar(r.k + shift[i], r.value, [r.value - r.low, r.high - r.value], label=criterion, color=color, marker="os^Dvx"[i % 6], ms=4, lw=1.2, elinewidth=.8)
+            number = [*CRITERIA, *(c for c in criteria if c not in CRITERIA)].index(criterion)
+            color = f"C{number}" if criterion != "random" else "gray"
+            ax.errorbar(r.k + shift[i], r.value, [r.value - r.low, r.high - r.value], label=criterion, color=color, marker="os^Dvx"[number % 6] if criterion != "random" else "x", ms=4, lw=1.2, elinewidth=.8)
             if dense is not None: ax.plot([0, r.k.iloc[0] + shift[i]], [dense, r.value.iloc[0]], color=color, lw=.8, ls=":")
         if dense is not None: ax.plot(0, dense, "k*", ms=9, label="dense")
         ax.set(title=rule, xlabel="blocks dropped (k)", xticks=sorted({*rows.k} | ({0} if dense is not None else set())), yscale="log" if log else "linear")

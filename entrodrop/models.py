@@ -98,7 +98,7 @@ def load_model(name=EMBEDDED,  # `smollm2-135m`, a folder, a `.gguf` file, or a 
     "Load a causal language model. Raises `ValueError` for an unsupported architecture, `OSError` where nothing can be read"
     where = _locate(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.float32 if str(device) == "cpu" else torch.bfloat16)
+    dtype = dtype or (torch.float32 if str(device) == "cpu" or not torch.cuda.is_available() else torch.bfloat16)
     if isinstance(dtype, str): dtype = getattr(torch, dtype, dtype)
     if not isinstance(dtype, torch.dtype): raise ValueError(f"dtype must be a torch dtype or its name, such as 'bfloat16', got {dtype!r}")
     if "gguf_file" in where:
@@ -155,7 +155,7 @@ def fingerprint(model)->str:
 def describe_model(model, name)->dict:
     "What a profile, plan or row says about the model it came from; `name` as given to `load_model`"
     config = model.config
-    return dict(name=name if name == EMBEDDED else model_slug(name) if Path(name).exists() else str(name),
+    return dict(name=None if not name else model_slug(name) if Path(name).exists() else str(name),
                 revision=getattr(config, "_commit_hash", None), model_type=config.model_type,
                 layers=len(decoder_layers(model)), hidden=config.hidden_size, parameters=model.num_parameters(),
                 dtype=str(model.dtype).removeprefix("torch."), device=model.device.type, fingerprint=fingerprint(model))

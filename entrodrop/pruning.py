@@ -9,13 +9,12 @@ __all__ = ['PROTECTIONS', 'protected_layers', 'Plan', 'plan', 'DroppedBlock', 'd
 import inspect, json
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from .dynamics import BLOCKS, expansion_start, write_text
-from .models import architecture, decoder_layers
+from .models import architecture, decoder_layers, fingerprint
 
 # %% ../nbs/02_pruning.ipynb #c0b3ab2d
 PROTECTIONS = ("stage1", "released", "none")
@@ -96,7 +95,6 @@ def plan(profile,            # a `Profile`
     protection = protection or ("stage1" if entropic else "none")
     protected, start = protected_layers(profile, criterion if entropic else boundary, protection, protect)
     scores = np.random.default_rng(seed).random(profile.layers) if criterion == "random" else profile.scores(target, criterion).mean(0)
-    if not np.isfinite(scores).all(): raise ValueError(f"the {criterion} score of layers {np.flatnonzero(~np.isfinite(scores)).tolist()} is not finite; use another criterion")
     order = sorted(set(range(profile.layers)) - set(protected), key=lambda l: (scores[l], l))
     return Plan(target, criterion, k, tuple(order), tuple(scores.tolist()), protection, protected, start, profile.layers, profile.provenance)
 
@@ -143,28 +141,33 @@ def _undo(changes):
         if inspect.ismethod(value): delattr(owner, name)  # uncovers the method of the class
         else: setattr(owner, name, value)
 
-def _check_fits(model, plan):
-    "Raise `ValueError` unless the plan was made for a model of this shape"
+def _check_fits(model, plan, strict):
+    "Raise `ValueError` unless the plan was made for a model of this shape and, if `strict`, with these weights"
     have = dict(layers=len(decoder_layers(model)), hidden=model.config.hidden_size, model_type=model.config.model_type)
     made = {n: plan.provenance.get("model", {}).get(n, have[n]) for n in have} | dict(layers=plan.layers)
     if wrong := [n for n in have if have[n] != made[n]]:
         raise ValueError("this plan was made for another model: " + ", ".join(f"{n} {made[n]} there, {have[n]} here" for n in wrong) + "; make a plan from this model's own profile")
+    source = plan.provenance.get("model", {})
+    if strict and source.get("dtype") == str(model.dtype).removeprefix("torch.") and source["fingerprint"] != fingerprint(model):
+        raise ValueError(f"this plan was made for other weights of the same shape ({source['name'] or 'unnamed'}); make a plan from this model's own profile, or pass strict=False to use it all the same")
 
 # %% ../nbs/02_pruning.ipynb #813ffbb1
 @contextmanager
-def dropped(model, # a supported decoder
-            plan,  # a `Plan`
-           ):      # yields the model
+def dropped(model,       # a supported decoder
+            plan,        # a `Plan`
+            strict=True, # insist on the weights that the plan was made for, not only on their shape
+           ):            # yields the model
     "While active, the blocks of the plan are dropped; afterwards the model is exactly what it was. Raises `ValueError` for a plan for another model"
-    _check_fits(model, plan)
+    _check_fits(model, plan, strict)
     changes = _apply(model, plan.target, plan.drop)
     try: yield model
     finally: _undo(changes)
 
-def drop(model, # a supported decoder
-         plan,  # a `Plan`
-        ):      # the same model
+def drop(model,       # a supported decoder
+         plan,        # a `Plan`
+         strict=True, # insist on the weights that the plan was made for, not only on their shape
+        ):            # the same model
     "Drop the blocks of a plan for good, and let go of their weights. Raises `ValueError` for a plan for another model"
-    _check_fits(model, plan)
+    _check_fits(model, plan, strict)
     _apply(model, plan.target, plan.drop)
     return model

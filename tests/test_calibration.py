@@ -23,6 +23,17 @@ def numbers(text, **options):
     return SimpleNamespace(input_ids=[int(n) for n in text.split()])
 
 
+numbers.bos_token_id = None
+
+
+def marked(text, **options):
+    "The same with a token in front that is the same for all texts"
+    return SimpleNamespace(input_ids=[-1, *numbers(text).input_ids])
+
+
+marked.bos_token_id = -1
+
+
 def counted(*lengths):
     "Documents of these lengths whose tokens are 0, 1, 2, ..., so that every token tells its place"
     ends = np.cumsum(lengths)
@@ -173,18 +184,21 @@ def test_numbers_that_are_no_counts(wrong):
 # Held-out windows
 
 @settings(deadline=None, max_examples=200, derandomize=True)
-@given(st.lists(st.integers(1, 80), min_size=1, max_size=8), st.integers(1, 12), st.integers(1, 30))
-def test_windows_do_not_overlap(lengths, windows, length):
-    text, total = Text("t", [], counted(*lengths)), sum(lengths)
-    if total < windows * length:
-        with pytest.raises(ValueError, match=f"has {total} tokens, {windows} windows of {length} need {windows * length}"):
-            heldout_windows(numbers, text, windows, length)
+@given(st.lists(st.integers(1, 80), min_size=1, max_size=8), st.integers(1, 12), st.integers(2, 30), st.sampled_from([numbers, marked]))
+def test_windows_do_not_overlap_and_come_from_all_documents(lengths, windows, length, tokenizer):
+    text, size = Text("t", [], counted(*lengths)), length - (tokenizer is marked)
+    there = [n // size for n in lengths]
+    if sum(there) < windows:
+        with pytest.raises(ValueError, match=f"has {sum(there)} windows of {length} tokens, not {windows}"): heldout_windows(tokenizer, text, windows, length)
         return
-    ids = heldout_windows(numbers, text, windows, length)
-    assert ids.shape == (windows, length) and (ids.diff() == 1).all()
-    assert len(ids.unique()) == windows * length
-    gaps = ids[:, 0].diff().tolist()
-    if gaps: assert max(gaps) - min(gaps) <= 1 and ids[0, 0] == 0 and ids[-1, -1] == total - 1
+    ids = heldout_windows(tokenizer, text, windows, length)
+    assert ids.shape == (windows, length)
+    if tokenizer is marked: assert (ids[:, 0] == -1).all()
+    ids = ids[:, length - size:]
+    assert (ids.diff() == 1).all() and len(ids.unique()) == windows * size
+    used = np.searchsorted(np.cumsum(lengths), ids[:, 0].numpy(), side="right")
+    counts = np.bincount(used, minlength=len(lengths))
+    assert all(counts[i] == there[i] or counts[i] >= counts.max() - 1 for i in range(len(lengths)))
 
 
 # Perplexity

@@ -342,8 +342,10 @@ def test_plan_that_cannot_be(arguments, message):
 
 def test_scores_that_are_not_finite():
     scores = SCORES.copy()
-    scores[0, 3], scores[1, 5] = np.nan, -np.inf
-    with pytest.raises(ValueError, match=r"the bucket score of layers \[3, 5\] is not finite"): plan(profile_of(scores), protection="none")
+    scores[0, 3] = np.nan
+    assert plan(profile_of(scores), criterion="cosine", protection="none").scores == tuple(scores[1:].mean(0))
+    scores[:, 5] = -np.inf
+    with pytest.raises(ValueError, match="cosine is finite for no sample"): plan(profile_of(scores), criterion="cosine", protection="none")
 
 
 @pytest.mark.parametrize("order", [(0, 9), (0, -1), (0, 0)], ids=str)
