@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := api/figures 00_entropy_estimators api/models api/calibration 01_two_stage_dynamics 02_pruning 03_benchmarks index
 QUIET := TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error
-STATE := (git status --porcelain -- nbs entrodrop README.md; git diff -- nbs entrodrop README.md) | git hash-object --stdin
+STATE := { git status --porcelain -- nbs entrodrop README.md; git diff -- nbs entrodrop README.md; } | git hash-object --stdin
 
 .PHONY: install demo test check notebooks readme lab clean
 
