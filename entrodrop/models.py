@@ -7,7 +7,7 @@ __all__ = ['ARCHITECTURES', 'EMBEDDED', 'Architecture', 'architecture', 'decoder
            'load_model', 'load_tokenizer', 'model_slug', 'stream', 'fingerprint', 'describe_model']
 
 # %% ../nbs/api/models.ipynb #c717ac75
-import hashlib, importlib.metadata, importlib.util, json, os, shutil, tempfile
+import hashlib, importlib.metadata, importlib.util, os, shutil, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter

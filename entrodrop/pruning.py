@@ -10,7 +10,7 @@ import inspect, json
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-import numpy as np, torch
+import numpy as np
 from torch import nn
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from .dynamics import BLOCKS, expansion_start, write_text

@@ -1,5 +1,4 @@
 "The way from plans to rows: real tasks, resumed runs, errors that help"
-import json, math
 import lm_eval, pytest, torch
 from lm_eval.models.huggingface import HFLM
 from entrodrop import benchmarks
