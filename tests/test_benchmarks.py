@@ -73,3 +73,15 @@ def test_task_names_are_checked_before_anything_runs(word_model, tmp_path, monke
 def test_a_task_without_network_says_what_works_without_one(monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     with pytest.raises(OSError, match="arc_easy:validation"): load_task("lambada_openai_mt_fr")
+
+def with_metrics(**values):
+    "What lm-eval returns for three items with these metrics"
+    return lambda *a, **k: dict(samples=dict(piqa=[dict(doc_id=i, metrics=list(values), **{n: v[i] for n, v in values.items()}) for i in range(3)]))
+
+def test_a_task_without_acc_is_judged_by_its_first_metric(monkeypatch):
+    monkeypatch.setattr(lm_eval, "evaluate", with_metrics(exact_match=[1, 0, 1], f1=[.5, .5, 1]))
+    assert [(r["metric"], r["headline"]) for r in evaluate(None, "piqa:validation")] == [("exact_match", True), ("f1", False)]
+
+def test_a_task_without_a_value_for_every_item_is_refused(monkeypatch):
+    monkeypatch.setattr(lm_eval, "evaluate", with_metrics(word_perplexity=[(1., 2)] * 3))
+    with pytest.raises(ValueError, match="'piqa:validation' has no metric with a value for every item"): evaluate(None, "piqa:validation")
