@@ -8,7 +8,7 @@ __all__ = ['ESTIMATORS', 'bucket_entropy', 'knn_entropy', 'renyi_entropy', 'matr
 # %% ../nbs/00_entropy_estimators.ipynb #2d52dab0
 import math, numbers
 from functools import partial
-import torch
+import numpy as np, torch
 from torch import Tensor
 
 # %% ../nbs/00_entropy_estimators.ipynb #3048d55a
@@ -19,8 +19,8 @@ def _states(z):
     if z.ndim < 2 or 0 in z.shape:
         raise ValueError(f"states must have shape (..., tokens, hidden) with no empty dimension, got {tuple(z.shape)}")
     if z.dtype.itemsize < 4: z = z.float()
-    if not (finite := z.isfinite()).all():
-        raise ValueError(f"{int((~finite).sum())} of {z.numel()} state values are NaN or infinite, so their entropy is "
+    if not torch.stack(z.aminmax()).isfinite().all():
+        raise ValueError(f"{int((~z.isfinite()).sum())} of {z.numel()} state values are NaN or infinite, so their entropy is "
                          "undefined; if the model ran in float16, run it in bfloat16 or float32")
     return z
 
@@ -30,13 +30,13 @@ def _wide(z):
 
 def _span(z):
     "The largest absolute value of each sequence `(b, tokens, hidden)`, as `(b, 1, 1)`; 1 where all are 0"
-    span = _wide(z.abs().amax((1, 2), keepdim=True))
+    span = _wide(torch.maximum(z.amax((1, 2), keepdim=True), -z.amin((1, 2), keepdim=True)))
     return torch.where(span > 0, span, 1)
 
 def _per_sequence(f, z, cost):
-    "Apply `f: (b, tokens, hidden) -> (b,)` to all leading dimensions of `z`, about 2^25 numbers (`cost` a sequence) at a time"
+    "Apply `f: (b, tokens, hidden) -> (b,)` to all leading dimensions of `z`, about 2^20 numbers (`cost` a sequence) at a time"
     flat = z.reshape(-1, *z.shape[-2:])
-    return torch.cat([f(part) for part in flat.split(max(1, 2**25 // cost))]).reshape(z.shape[:-2])
+    return torch.cat([f(part) for part in flat.split(max(1, 2**20 // cost))]).reshape(z.shape[:-2])
 
 def _positive_int(name, value):
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1: raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -53,25 +53,43 @@ def bucket_entropy(z:Tensor,    # states `(..., tokens, hidden)`
     z = _states(z)
     n, d = z.shape[-2:]
     def entropy(x):
-        low, high = x.aminmax(dim=1, keepdim=True)
-        width = high - low
+        low = x.amin(1, keepdim=True)
+        width = x.amax(1, keepdim=True) - low
         if not width.isfinite().all(): raise ValueError(f"the range of the states overflows {z.dtype}; rescale them, or pass them in a wider dtype")
-        bucket = ((x - low) / torch.where(width > 0, width, 1) * bins).long().clamp_(max=bins - 1)
-        bucket += bins * torch.arange(len(x) * d, device=z.device).view(len(x), 1, d)
-        p = _wide(torch.bincount(bucket.flatten(), minlength=len(x) * d * bins)).view(len(x), -1) / n
-        return -torch.special.xlogy(p, p).sum(-1)
+        integer = torch.int32 if len(x) * d * bins < 2**31 else torch.int64
+        bucket = (x - low).div_(torch.where(width > 0, width, 1)).mul_(bins).to(integer).clamp_(max=bins - 1)
+        bucket += bins * torch.arange(len(x) * d, device=z.device, dtype=integer).view(len(x), 1, d)
+        counts = torch.bincount(bucket.flatten(), minlength=len(x) * d * bins)
+        return -plogp[counts].view(len(x), -1).sum(-1)
+    p = _wide(torch.arange(n + 1, device=z.device)) / n
+    plogp = torch.special.xlogy(p, p)  # of all frequencies there can be
     return _per_sequence(entropy, z, n * d + d * bins)
 
 # %% ../nbs/00_entropy_estimators.ipynb #689a29aa
-def _square_distances(z):
-    "Squared distances between tokens, `(..., tokens, tokens)`, in float64; below 1e-6 of the states' norm they count as 0"
-    z = _wide(z)
-    z = z - z.median(-2, keepdim=True).values  # not the mean, which one massive token would move far from all others
-    gram = z @ z.mT
-    square = gram.diagonal(dim1=-2, dim2=-1)
-    scale = square[..., :, None] + square[..., None, :]
-    distances = scale - 2 * gram
-    return distances.masked_fill_(distances < 1e-12 * scale, 0)
+def _square_distances(x):
+    "Squared distances between tokens `(b, tokens, tokens)`, and the squared distances from their centre `(b, tokens)` with which their rounding grows"
+    x = x - (x.median(1, keepdim=True).values if x.dtype == torch.float64 else x.mean(1, keepdim=True))
+    norms = torch.linalg.vecdot(x, x)
+    scale = norms[:, :, None] + norms[:, None]
+    distances = torch.baddbmm(scale, x, x.mT, alpha=-2)
+    if x.dtype == torch.float64: distances.masked_fill_(distances < 1e-12 * scale, 0)  # duplicates, up to rounding
+    distances.clamp_(min=0).diagonal(dim1=1, dim2=2).zero_()
+    return distances, norms
+
+def _doubting(f):
+    "Of `f: (b, tokens, hidden) -> entropy (b,), doubtful (b,)` the entropy; where float32 leaves doubt, from float64"
+    def entropy(x):
+        values, doubtful = f(x)
+        if x.dtype == torch.float32 and doubtful.any(): values[doubtful] = f(_wide(x[doubtful]))[0]
+        return values
+    return entropy
+
+def _kth(x, k):
+    "The `k`-th smallest of the last dimension, from 1, and the next; where NumPy can be used, it is several times as fast as torch"
+    following = min(k + 1, x.shape[-1])
+    if x.device.type != "cpu": return x.kthvalue(k, dim=-1).values, x.kthvalue(following, dim=-1).values
+    parts = np.partition(x.numpy(), k - 1, axis=-1)
+    return torch.from_numpy(parts[..., k - 1]), torch.from_numpy(parts[..., following - 1:].min(-1))
 
 # %% ../nbs/00_entropy_estimators.ipynb #4d8c3539
 def knn_entropy(z:Tensor,  # states `(..., tokens, hidden)`
@@ -88,19 +106,25 @@ def knn_entropy(z:Tensor,  # states `(..., tokens, hidden)`
     if n <= k: raise ValueError(f"the distance to neighbour k={k} needs at least {k + 1} tokens, got {n}; lower k or lengthen the sequences")
     psi = torch.special.digamma(torch.tensor([n, k], dtype=torch.float64))
     constant = d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1) + (psi[0] - psi[1]).item()
+    @_doubting
     def entropy(x):
-        span = _span(x)  # taken out, so that no square overflows or vanishes
-        square = _square_distances(_wide(x) / span).kthvalue(k + 1, dim=-1).values  # the nearest is the token itself
-        apart = square > 0
-        mean_log = torch.where(apart, square, 1).log().sum(-1) / 2 / apart.sum(-1)
-        return torch.where(apart.any(-1), d * (mean_log + span[:, 0, 0].log()) + constant, -math.inf)
-    return _per_sequence(entropy, z, n * n + n * d)
+        span = _span(x) if x.dtype == torch.float64 else _wide(x.new_ones(len(x), 1, 1))
+        distances, norms = _square_distances(x if x.dtype != torch.float64 else x / span)  # so no square overflows or vanishes
+        nearest, _ = _kth(distances, k + 1)  # the nearest of all is the token itself
+        apart = nearest > 0
+        mean_log = _wide(torch.where(apart, nearest, 1)).log().sum(-1) / 2 / apart.sum(-1)
+        value = torch.where(apart.any(-1), d * (mean_log + span[:, 0, 0].log()) + constant, -math.inf)
+        return value, ~((nearest > norms.clamp(min=1e-30) / 64) & (nearest < 1e30)).all(-1)
+    return _per_sequence(entropy, z, 2 * n * n + n * d)
 
 # %% ../nbs/00_entropy_estimators.ipynb #cf5cf9e8
-def _median(x):
-    "Median over the last dimension, the mean of the middle two where their number is even"
-    n = x.shape[-1]
-    return (x.kthvalue((n + 1) // 2, dim=-1).values + x.kthvalue(n // 2 + 1, dim=-1).values) / 2
+def _median_distance(square):
+    "Median of the distances over distinct pairs of tokens, from their squares `(b, tokens, tokens)`; the mean of the middle two where their number is even"
+    n = square.shape[-1]
+    i, j = torch.triu_indices(n, n, 1, device=square.device)
+    pairs = square.flatten(1).index_select(1, i * n + j)
+    low, high = _kth(pairs, (pairs.shape[1] + 1) // 2)
+    return (low.sqrt() + high.sqrt()) / 2 if pairs.shape[1] % 2 == 0 else low.sqrt()
 
 def renyi_entropy(z:Tensor,       # states `(..., tokens, hidden)`
                   alpha:float=4., # order; positive, not 1
@@ -115,16 +139,20 @@ def renyi_entropy(z:Tensor,       # states `(..., tokens, hidden)`
     z = _states(z)
     n, d = z.shape[-2:]
     if n == 1: return _wide(torch.zeros(z.shape[:-2], device=z.device))
-    i, j = torch.triu_indices(n, n, 1, device=z.device)
+    @_doubting
     def entropy(x):
-        low, high = x.aminmax(dim=1, keepdim=True)
-        varies, span = high > low, torch.maximum(high, -low)
-        x = _wide(x) / torch.where(varies, span, 1)  # so that no square overflows
-        std, mean = torch.std_mean(x, 1, keepdim=True, correction=0)
-        square = _square_distances(torch.where(varies, x - mean, 0) / torch.where(varies, std, 1))
-        sigma = _median(square[:, i, j].sqrt())[:, None, None]
-        scaled = torch.where(sigma > 0, square / (2 * sigma**2), torch.where(square > 0, math.inf, 0.))
-        return (torch.logsumexp((1 - alpha) * scaled, (-2, -1)) - 2 * math.log(n)) / (1 - alpha)
+        if x.dtype == torch.float64: x = x / 2  # so that the width does not overflow
+        low = x.amin(1, keepdim=True)
+        width = x.amax(1, keepdim=True) - low
+        x = (x - low).div_(torch.where(width > 0, width, 1))  # from 0 to 1: exact where a dimension lies far from the origin
+        x -= x.mean(1, keepdim=True)
+        std = x.square().mean(1, keepdim=True).sqrt()
+        square, norms = _square_distances(x.div_(torch.where(width > 0, std, 1)))
+        sigma = _median_distance(square)[:, None, None]
+        exponents = square.mul_((1 - alpha) / 2 / sigma.square()).nan_to_num_(0, math.inf, -math.inf)  # 0 times infinity: a duplicate
+        largest = exponents.amax((1, 2), keepdim=True).nan_to_num(posinf=0)  # an infinite sum stays one
+        log_sum = _wide(exponents.sub_(largest).exp_().sum(-1)).sum(-1).log() + largest[:, 0, 0]
+        return (log_sum - 2 * math.log(n)) / (1 - alpha), ~(sigma[:, 0, 0].square() > norms.mean(1) / 64)
     return _per_sequence(entropy, z, 2 * n * n + n * d)
 
 # %% ../nbs/00_entropy_estimators.ipynb #effda36f

@@ -125,7 +125,7 @@ def test_knn_of_gaussian(d):
 
 @pytest.mark.parametrize("k, r", [(1, [1] * 6), (2, [2, 1, 1, 1, 1, 2])])
 def test_knn_of_points_on_a_line(k, r):
-    z = torch.arange(6.)[:, None]
+    z = torch.arange(6.).double()[:, None]
     expected = digamma(6) - digamma(k) + math.log(2) + np.log(r).mean()
     assert knn_entropy(z, k).item() == pytest.approx(expected, rel=1e-9)
 
@@ -153,7 +153,7 @@ def test_one_bucket_holds_no_information():
 @pytest.mark.parametrize("alpha", [.5, 2., 4.])
 def test_renyi_of_two_tokens(alpha):
     expected = math.log((1 + math.exp((1 - alpha) / 2)) / 2) / (1 - alpha)  # their distance is the median
-    assert renyi_entropy(normal(2, 7), alpha).item() == pytest.approx(expected, rel=1e-9)
+    assert renyi_entropy(normal(2, 7).double(), alpha).item() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("alpha", [2., 4.])
@@ -250,7 +250,7 @@ def test_matrix_ignores_rotation():
 def test_ignores_order_of_tokens(estimator, name):
     z = STATES[name]
     order = torch.randperm(len(z), generator=torch.Generator().manual_seed(7))
-    assert estimator(z[order]).item() == pytest.approx(estimator(z).item(), rel=1e-9)
+    for states, rel in ((z, 1e-6), (z.double(), 1e-9)): assert estimator(states[order]).item() == pytest.approx(estimator(states).item(), rel=rel)
 
 
 # Batches
@@ -267,7 +267,7 @@ def small_batch(*lead):
     return z
 
 
-def assert_same(actual, expected, rel=1e-9):
+def assert_same(actual, expected, rel=1e-6):
     assert actual.shape == expected.shape
     # torch.equal infinities count as close, NaN does not
     torch.testing.assert_close(actual, expected, rtol=rel, atol=1e-12)
@@ -290,7 +290,7 @@ def part_sizes(monkeypatch):
         def recorded(part):
             sizes.append(len(part))
             return f(part)
-        return original(recorded, z, 2**24)
+        return original(recorded, z, 2**19)
 
     monkeypatch.setattr(estimators, "_per_sequence", two_at_a_time)
     return sizes
@@ -304,7 +304,7 @@ def test_parts_equal_one_at_a_time(estimator, part_sizes):
     assert_same(actual, one_at_a_time(estimator, z))
 
 
-@pytest.mark.parametrize("cost, expected", [(1, [7]), (2**23, [4, 3]), (2**25, [1] * 7), (2**30, [1] * 7)])
+@pytest.mark.parametrize("cost, expected", [(1, [7]), (2**18, [4, 3]), (2**20, [1] * 7), (2**30, [1] * 7)])
 def test_parts_hold_what_they_may_cost(cost, expected):
     sizes = []
 
@@ -402,13 +402,13 @@ def test_zero_dimensions_add_nothing_to_matrix():
 
 
 def test_knn_of_tokens_in_pairs():
-    z = normal(20, 4).repeat(2, 1)
+    z = normal(20, 4).double().repeat(2, 1)
     assert knn_entropy(z, 1).item() == -math.inf
     assert knn_entropy(z, 2).item() == pytest.approx(knn_oracle(z.double().numpy(), 2), rel=1e-9)
 
 
 def test_knn_reaches_the_farthest_token():
-    z = normal(26, 4)
+    z = normal(26, 4).double()
     assert knn_entropy(z).item() == pytest.approx(knn_oracle(z.double().numpy(), 25), rel=1e-9)
 
 
