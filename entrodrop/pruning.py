@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from .dynamics import BLOCKS, expansion_start, write_text
-from .models import architecture, decoder_layers, fingerprint
+from .models import architecture, decoder_config, decoder_layers, fingerprint
 
 # %% ../nbs/02_pruning.ipynb #c0b3ab2d
 PROTECTIONS = ("stage1", "released", "none")
@@ -116,24 +116,42 @@ def _refuse_to_save(*args, **kwargs):
     raise ValueError("a model that lacks some attention or MLP blocks is not saved: transformers would load it with random weights in their place. "
                      "Save the plan, and drop again after loading; a model that lacks whole layers does save")
 
+def _fields_of(config, keep):
+    "Config fields that speak of single layers, for a model of the kept layers"
+    found = dict(num_hidden_layers=len(keep))
+    if getattr(config, "layer_types", None): found["layer_types"] = [config.layer_types[i] for i in keep]
+    if hasattr(config, "mlp_only_layers"):  # which layers have a plain MLP instead of experts goes by their number: those of a list, and those off a period
+        plain = [i in config.mlp_only_layers or (i + 1) % config.decoder_sparse_step > 0 for i in keep]
+        found |= dict(mlp_only_layers=[i for i, is_plain in enumerate(plain) if is_plain], decoder_sparse_step=1)
+    return found
+
+def _number_slots(changes, config, attention):
+    "Give kept attention, a list with one module per layer, the cache slots of its kind in order, so that the first slot of every kind is filled"
+    kept = {i: m for i, m in enumerate(attention) if not isinstance(m, DroppedBlock)}
+    kinds = list(getattr(config, "layer_types", None) or [None] * len(attention))
+    left = {kinds[i] for i in kept}
+    if left and left != {*kinds}:
+        kinds = [kind if kind in left else kinds[min(kept)] for kind in kinds]
+        _swap(changes, config, "layer_types", kinds)
+    free = {kind: iter([slot for slot, of in enumerate(kinds) if of == kind]) for kind in left}
+    for i, module in kept.items(): _swap(changes, module, "layer_idx", next(free[kinds[i]]))
+
 def _apply(model, target, drop):
     "Drop blocks; returns the changes, which `_undo` takes back"
-    arch, layers, changes = architecture(model), decoder_layers(model), []
+    arch, config, layers, changes = architecture(model), decoder_config(model), decoder_layers(model), []
     maybe_install_capturing_hooks(model.base_model)  # done once by transformers, so it must not happen while blocks are missing
     if target == "layer":
         keep = [i for i in range(len(layers)) if i not in drop]
         parent, _, name = arch.layers.rpartition(".")
         _swap(changes, model.get_submodule(parent), name, nn.ModuleList(layers[i] for i in keep))
-        _swap(changes, model.config, "num_hidden_layers", len(keep))
-        if getattr(model.config, "layer_types", None): _swap(changes, model.config, "layer_types", [model.config.layer_types[i] for i in keep])
+        for field, value in _fields_of(config, keep).items(): _swap(changes, config, field, value)
     else:
-        block, norm, result = dict(attention=(arch.attention, arch.attention_norm, _attention_result), mlp=(arch.mlp, arch.mlp_norm, _mlp_result))[target]
+        block, others, result = dict(attention=(arch.attention, arch.attention_only, _attention_result), mlp=(arch.mlp, arch.mlp_only, _mlp_result))[target]
         for i in drop:
             _swap(changes, layers[i], block, DroppedBlock(result))
-            _swap(changes, layers[i], norm, nn.Identity())
+            for name in others: _swap(changes, layers[i], name, nn.Identity())
         if drop: _swap(changes, model, "save_pretrained", _refuse_to_save)
-    slots = [m for layer in decoder_layers(model) for m in layer.modules() if hasattr(m, "layer_idx")]
-    for slot, module in enumerate(slots): _swap(changes, module, "layer_idx", slot)
+    _number_slots(changes, config, [getattr(layer, arch.attention) for layer in decoder_layers(model)])
     return changes
 
 def _undo(changes):
@@ -143,7 +161,7 @@ def _undo(changes):
 
 def _check_fits(model, plan, strict):
     "Raise `ValueError` unless the plan was made for a model of this shape and, if `strict`, with these weights"
-    have = dict(layers=len(decoder_layers(model)), hidden=model.config.hidden_size, model_type=model.config.model_type)
+    have = dict(layers=len(decoder_layers(model)), hidden=decoder_config(model).hidden_size, model_type=model.config.model_type)
     made = {n: plan.provenance.get("model", {}).get(n, have[n]) for n in have} | dict(layers=plan.layers)
     if wrong := [n for n in have if have[n] != made[n]]:
         raise ValueError("this plan was made for another model: " + ", ".join(f"{n} {made[n]} there, {have[n]} here" for n in wrong) + "; make a plan from this model's own profile")

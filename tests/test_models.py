@@ -7,9 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
+import httpx
 import pytest
 import torch
-from transformers import GPT2Config
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from transformers import BloomConfig
 
 from entrodrop import models
 from entrodrop.models import decoder_layers, describe_model, embedded_model, fingerprint, load_model, load_tokenizer, stream
@@ -40,9 +43,64 @@ def test_pickled_weights_are_refused(llama, tmp_path):
 
 
 def test_unsupported_architecture_is_named_before_weights_are_read(tmp_path):
-    GPT2Config().save_pretrained(tmp_path)
+    BloomConfig().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"reading this fails in another way")
-    with pytest.raises(ValueError, match="'gpt2' is not supported; supported: llama, mistral"): load_model(tmp_path)
+    with pytest.raises(ValueError, match="'bloom' is not supported; supported: .*llama, mistral"): load_model(tmp_path)
+
+
+def write_gguf(path, architecture, tensors=(), **fields):
+    "A GGUF file of an architecture, with the header fields and tensors given"
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, value in fields.items(): (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{architecture}.{name.replace('__', '.')}", value)
+    for name, tensor in tensors: writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def in_pairs(weight, heads):
+    "Rows of a query or key matrix in the order that GGUF keeps for Llama: the two halves that are rotated together alternate"
+    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def test_gguf_of_a_tiny_llama(llama, ids, tmp_path):
+    names, heads = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 5), dict(q_proj=4, k_proj=2)
+    tensors = []
+    for name, weight in llama.state_dict().items():
+        rotated = [h for part, h in heads.items() if part in name]
+        tensors.append((names.get_name(name, try_suffixes=(".weight",)), (in_pairs(weight, *rotated) if rotated else weight).numpy()))
+    path = write_gguf(tmp_path / "tiny.gguf", "llama", tensors, block_count=5, context_length=2048, embedding_length=64, feed_forward_length=128, attention__head_count=4,
+                      attention__head_count_kv=2, attention__layer_norm_rms_epsilon=1e-6, rope__freq_base=1e4, vocab_size=100)
+    loaded = load_model(path, dtype="float32", device="cpu", attn_implementation="eager")
+    assert loaded.config._attn_implementation == "eager" and loaded.config.model_type == "llama"
+    with torch.inference_mode(): torch.testing.assert_close(loaded(ids).logits, llama(ids).logits)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert fingerprint(load_model(tmp_path / "saved", device="cpu")) == fingerprint(loaded)
+
+
+@pytest.mark.parametrize("architecture, message", [
+    ("bloom", "architecture 'bloom' is not supported; supported: .*llama"), ("clip", "transformers cannot read 'header.gguf': .*clip.* Load the same model from safetensors")])
+def test_unsupported_gguf_is_refused_by_its_header(tmp_path, architecture, message, monkeypatch):
+    monkeypatch.setattr(models, "_gguf_model", died)
+    with pytest.raises(ValueError, match=message): load_model(write_gguf(tmp_path / "header.gguf", architecture))
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+@pytest.mark.parametrize("error, status", [(GatedRepoError, 401), (GatedRepoError, 403), (RepositoryNotFoundError, 401)])
+def test_model_that_the_hub_does_not_show(monkeypatch, load, error, status):
+    response = httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/some/model"))
+    def refuse(*args, **kwargs): raise error("refused", response=response)
+    for download in ("hf_hub_download", "snapshot_download"): monkeypatch.setattr(f"transformers.utils.hub.{download}", refuse)
+    with pytest.raises(OSError, match=rf"(?s)'some/model' to you \(status {status}\): accept the conditions at https://huggingface.co/some/model, then `hf auth login` or set HF_TOKEN") as e: load("some/model")
+    assert "Without a network" not in str(e.value)
+
+
+@pytest.mark.parametrize("asked, found", [("eager", "eager"), ("sdpa", "sdpa"), (None, "sdpa")])
+def test_attention_implementation(llama, tmp_path, asked, found):
+    llama.save_pretrained(tmp_path)
+    assert load_model(tmp_path, device="cpu", attn_implementation=asked).config._attn_implementation == found
 
 
 def test_unreachable_hub_id_says_what_works_offline():

@@ -196,7 +196,11 @@ def test_config_and_slots_agree_with_the_layers(target, gone):
         left = kept(gone) if target == "layer" else range(5)
         assert model.config.num_hidden_layers == len(decoder_layers(model)) == len(left)
         assert model.config.layer_types == [kinds[i] for i in left]
-        assert slots(model) == list(range(5 if target == "mlp" else len(kept(gone))))
+        attending = left if target != "attention" else kept(gone)
+        for kind in set(kinds):  # attention of each kind fills the first slots of that kind, in order
+            of_kind = [slot for slot, k in enumerate(model.config.layer_types) if k == kind]
+            filled = [slot for slot, i in zip(slots(model), attending, strict=True) if kinds[i] == kind]
+            assert filled == of_kind[:len(filled)]
     assert (model.config.num_hidden_layers, model.config.layer_types, slots(model)) == (5, kinds, [0, 1, 2, 3, 4])
 
 
