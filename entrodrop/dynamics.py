@@ -7,9 +7,9 @@ __all__ = ['BLOCKS', 'write_text', 'Profile', 'profile_provenance', 'measure', '
            'expansion_start', 'logit_lens']
 
 # %% ../nbs/01_two_stage_dynamics.ipynb #5a97b240
-import functools, hashlib, importlib.metadata, inspect, json, os, platform
+import functools, hashlib, importlib.metadata, inspect, json, os, platform, shutil, tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch.nn import functional as F
@@ -17,7 +17,8 @@ from tqdm import tqdm
 from . import __version__
 from .calibration import Calibration
 from .estimators import ESTIMATORS
-from .models import architecture, decoder_layers, describe_model, stream
+from .layerwise import Checkpoint, stream_checkpoint
+from .models import cache_folder, decoder_layers, describe_model, readout, stream
 
 # %% ../nbs/01_two_stage_dynamics.ipynb #a785c383
 BLOCKS = dict(attention=(0, 1), mlp=(1, 2), layer=(0, 2))  # stream points before and after, counted from twice the layer's number
@@ -88,9 +89,10 @@ def _settings(estimator):
     return dict(function=f.__qualname__, code=hashlib.sha256(inspect.getsource(inspect.getmodule(f)).encode()).hexdigest()[:16]) | defaults | given
 
 def profile_provenance(model, name, calibration, estimators, batch_size)->dict:
-    "Everything the numbers of a profile depend on"
+    "Everything the numbers of a profile depend on; the fingerprint of a `Checkpoint` is None until all of it has been read"
+    described = model.describe(name) if isinstance(model, Checkpoint) else describe_model(model, name)
     versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers")}
-    return dict(model=describe_model(model, name), text=calibration.provenance, batch_size=batch_size,
+    return dict(model=described, text=calibration.provenance, batch_size=batch_size,
                 tokens_sha256=hashlib.sha256(calibration.ids.cpu().numpy().tobytes()).hexdigest(),
                 estimators={n: _settings(f) for n, f in estimators.items()},
                 versions=dict(entrodrop=__version__, python=platform.python_version(), **versions))
@@ -101,55 +103,94 @@ def _place(point):
     "A point of the stream in words, by the block that it leaves"
     return "layer 0, input" if point == 0 else f"layer {(point - 1) // 2}, after {'attention' if point % 2 else 'MLP'}"
 
-@torch.inference_mode()
-def measure(model,           # a supported decoder
-            calibration,     # a `Calibration`, or token ids `(samples, length)`
-            estimators=None, # {name: function of states}; None: all of `ESTIMATORS` with their defaults
-            batch_size=8,    # sequences in one forward pass
-            name="",         # of the model, for the record
-           )->Profile:
-    """One forward pass over the calibration samples; all criteria of all blocks.
-
-    Raises `ValueError` for token ids of the wrong shape, and with layer and block for states an estimator refuses."""
-    estimators = estimators or ESTIMATORS
-    calibration = _as_calibration(calibration)
-    ids, layers = calibration.ids, len(decoder_layers(model))
-    if ids.ndim != 2 or 0 in ids.shape: raise ValueError(f"token ids must have shape (samples, length), got {tuple(ids.shape)}")
-    entropy = np.full((len(estimators), len(ids), 2 * layers + 1), np.nan)
-    cosine = np.full((len(ids), layers, len(BLOCKS)), np.nan)
+def _visitor(estimators, samples, layers):
+    "The entropy of every point `(estimators, samples, 2 * layers + 1)`, the cosine score of every block `(samples, layers, 3)`, and the function that fills them"
+    entropy, cosine = np.full((len(estimators), samples, 2 * layers + 1), np.nan), np.full((samples, layers, len(BLOCKS)), np.nan)
     held = {}  # the current layer's states, by their point modulo 2
-    def visit(point, z):
-        for e, f in enumerate(estimators.values()):
+    def visit(rows, point, z, again=False):
+        for e, f in enumerate(() if again else estimators.values()):
             try: entropy[e, rows, point] = f(z).cpu()
             except ValueError as error: raise ValueError(f"{_place(point)}: {error}") from error
-        for b, (start, end) in enumerate(BLOCKS.values()):
+        for b, (start, end) in enumerate(() if again else BLOCKS.values()):
             layer, rest = divmod(point - end, 2)
             if rest == 0 and 0 <= layer: cosine[rows, layer, b] = 1 - F.cosine_similarity(held[start].to(z.device).float(), z.float(), dim=-1).mean(-1).cpu()
         held[point % 2] = z
-    with stream(model, visit):
-        for start in tqdm(range(0, len(ids), batch_size), desc="measuring", unit="batch"):
-            rows = slice(start, start + batch_size)
-            model.base_model(ids[rows].to(model.device), use_cache=False)
-    tables = []
+    return entropy, cosine, visit
+
+def _table(estimators, entropy, cosine):
+    "The rows of a profile"
+    (samples, layers, _), tables = cosine.shape, []
+    index = pd.MultiIndex.from_product([range(samples), range(layers)], names=["sample", "layer"])
     for b, (block, (start, end)) in enumerate(BLOCKS.items()):
-        index = pd.MultiIndex.from_product([range(len(ids)), range(layers)], names=["sample", "layer"])
         for e, criterion in enumerate(estimators):
             before, after = (entropy[e, :, p:p + 2 * layers - 1:2].ravel() for p in (start, end))
             tables.append(pd.DataFrame(dict(block=block, criterion=criterion, before=before, after=after, score=after - before), index))
         tables.append(pd.DataFrame(dict(block=block, criterion="cosine", before=np.nan, after=np.nan, score=cosine[:, :, b].ravel()), index))
-    return Profile(pd.concat(tables).reset_index(), profile_provenance(model, name, calibration, estimators, batch_size))
+    return pd.concat(tables).reset_index()
+
+def _through_model(model, ids, visit, batch_size):
+    "Every batch through all layers of a loaded model"
+    for start in tqdm(range(0, len(ids), batch_size), desc="measuring", unit="batch"):
+        rows = slice(start, start + batch_size)
+        with stream(model, lambda point, z: visit(rows, point, z)): model.base_model(ids[rows].to(model.device), use_cache=False)
+
+def _through_checkpoint(checkpoint, ids, visit, batch_size, work, arrays, key):
+    "All batches through every layer of a checkpoint; `work` keeps what is done after each, and a later call with the same `key` goes on from there"
+    progress, start = Path(work) / "progress.npz", 0
+    if progress.exists() and str((saved := np.load(progress))["key"]) == key:
+        start, digests = int(saved["done"]), json.loads(str(saved["digests"]))
+        for name, array in arrays.items(): array[...] = saved[name]
+        checkpoint.digests.update(digests)
+        print(f"going on after layer {start - 1}, with what an earlier run left in {Path(work).name}")
+    for done in stream_checkpoint(checkpoint, ids, visit, work, batch_size, start):
+        temporary = progress.with_name(f".{os.getpid()}.npz")
+        np.savez(temporary, key=key, done=done, digests=json.dumps(checkpoint.digests), **arrays)
+        os.replace(temporary, progress)
+
+@torch.inference_mode()
+def measure(model,           # a supported decoder; or a folder, a Hub id or a `Checkpoint`, to read one layer at a time
+            calibration,     # a `Calibration`, or token ids `(samples, length)`
+            estimators=None, # {name: function of states}, empty for cosine alone; None: all of `ESTIMATORS` with their defaults
+            batch_size=8,    # sequences in one forward pass
+            name="",         # of the model, for the record
+            work=None,       # for a checkpoint: folder for states and finished layers, from which a killed run resumes; None: a temporary one
+           )->Profile:
+    """One forward pass over the calibration samples; all criteria of all blocks.
+
+    Raises `ValueError` for token ids of the wrong shape, and with layer and block for states an estimator refuses."""
+    estimators, calibration = ESTIMATORS if estimators is None else estimators, _as_calibration(calibration)
+    ids, checkpoint = calibration.ids, Checkpoint(model) if isinstance(model, (str, Path)) else model
+    if ids.ndim != 2 or 0 in ids.shape: raise ValueError(f"token ids must have shape (samples, length), got {tuple(ids.shape)}")
+    if not isinstance(checkpoint, Checkpoint):
+        entropy, cosine, visit = _visitor(estimators, len(ids), len(decoder_layers(model)))
+        _through_model(model, ids, visit, batch_size)
+    else:
+        name = name or checkpoint.name
+        entropy, cosine, visit = _visitor(estimators, len(ids), len(decoder_layers(checkpoint.model)))
+        key = json.dumps(profile_provenance(checkpoint, name, calibration, estimators, batch_size), sort_keys=True)
+        for place in (work, cache_folder()): Path(place or ".").mkdir(parents=True, exist_ok=True)
+        with nullcontext(work) if work else tempfile.TemporaryDirectory(dir=cache_folder()) as place:
+            _through_checkpoint(checkpoint, ids, visit, batch_size, place, dict(entropy=entropy, cosine=cosine), key)
+    return Profile(_table(estimators, entropy, cosine), profile_provenance(checkpoint, name, calibration, estimators, batch_size))
 
 # %% ../nbs/01_two_stage_dynamics.ipynb #0eba24a5
+def _same_inputs(old, wanted):
+    "Whether two provenances agree; a checkpoint that is not yet read has no fingerprint, and is known by its files"
+    without = lambda p: p | dict(model={k: v for k, v in p["model"].items() if k != "fingerprint" or wanted["model"]["fingerprint"]})
+    return without(old) == without(wanted)
+
 def measured(path, model, calibration, estimators=None, batch_size=8, name="")->Profile:
     "The profile at `path` if every input is the same as now, else a new one, saved there; arguments as for `measure`"
-    estimators, calibration = estimators or ESTIMATORS, _as_calibration(calibration)
-    wanted = profile_provenance(model, name, calibration, estimators, batch_size)
+    estimators, calibration = ESTIMATORS if estimators is None else estimators, _as_calibration(calibration)
+    model = Checkpoint(model) if isinstance(model, (str, Path)) else model
+    wanted = profile_provenance(model, name or getattr(model, "name", ""), calibration, estimators, batch_size)
     named = not any("<" in s["function"] for s in wanted["estimators"].values())  # what a lambda computes, its name does not say
-    if named and Path(f"{path}.json").exists() and Path(f"{path}.parquet").exists() and (old := Profile.load(path)).provenance == json.loads(json.dumps(wanted)):
+    if named and Path(f"{path}.json").exists() and Path(f"{path}.parquet").exists() and _same_inputs((old := Profile.load(path)).provenance, json.loads(json.dumps(wanted))):
         print(f"read {Path(path).name}.parquet, measured earlier with the same model, text and settings")
         return old
-    profile = measure(model, calibration, estimators, batch_size, name)
+    profile = measure(model, calibration, estimators, batch_size, name, work=f"{path}.part")
     profile.save(path)
+    shutil.rmtree(f"{path}.part", ignore_errors=True)
     return profile
 
 # %% ../nbs/01_two_stage_dynamics.ipynb #89656851
@@ -187,14 +228,14 @@ def logit_lens(model, # a supported decoder
                ids,   # token ids `(samples, length)`
               )->pd.DataFrame: # sample, depth, entropy (nats, mean over tokens), agreement (share of tokens)
     "Entropy of the prediction that the final norm and vocabulary head make from the stream after each layer, and its agreement with the last"
-    norm, head, last, rows = attrgetter(architecture(model).norm)(model), model.get_output_embeddings(), 2 * len(decoder_layers(model)), []
+    predict, last, rows = readout(model), 2 * len(decoder_layers(model)), []
     for sample in tqdm(range(len(ids)), desc="logit lens", unit="sample"):
         states = {}
         with stream(model, lambda point, z: states.__setitem__(point, z) if point % 2 == 0 else None):
             model.base_model(ids[sample:sample + 1].to(model.device), use_cache=False)
         final = None
         for point in range(last, -1, -2):
-            log_p = head(norm(states.pop(point))).float().log_softmax(-1)[0]
+            log_p = predict(states.pop(point)).float().log_softmax(-1)[0]
             choice = log_p.argmax(-1)
             final = choice if final is None else final
             rows.append(dict(sample=sample, depth=point // 2, entropy=-(log_p.exp() * log_p).sum(-1).mean().item(), agreement=(choice == final).float().mean().item()))
