@@ -1,11 +1,13 @@
 # Everything a user or CI runs. `make demo` and `make test` need Python 3.10 or newer and make, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
-NOTEBOOKS := api/figures 00_entropy_estimators api/models api/calibration 01_two_stage_dynamics 02_pruning 03_benchmarks index
-QUIET := TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error
+NOTEBOOKS := api/figures 00_entropy_estimators api/models api/layerwise api/calibration 01_two_stage_dynamics 02_pruning 03_benchmarks api/regenerate index
+STUDIES := calibration_sets cost_of_measuring larger_than_memory
+MODEL ?= smollm2-135m
+QUIET := HF_HUB_OFFLINE=1 TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error
 STATE := { git status --porcelain -- nbs entrodrop README.md; git diff -- nbs entrodrop README.md; } | git hash-object --stdin
 
-.PHONY: install demo test check notebooks readme lab clean
+.PHONY: install demo figures test check notebooks bench bench-large studies readme lab clean
 
 install: .venv/.installed
 
@@ -21,6 +23,10 @@ demo: install
 	@echo
 	@$(BIN)/python -c "import nbformat; print(nbformat.read('build/demo/02_pruning.ipynb', 4).cells[-1].outputs[0].text, end='')"
 	@echo "notebook build/demo/02_pruning.ipynb (executed, with all of the above)"
+
+# Every numbered notebook with the parameters of params/$(MODEL).yaml, into figures/$(MODEL)/
+figures: install
+	$(BIN)/python -m entrodrop.regenerate $(MODEL)
 
 test: check
 	ENTRODROP_FIGURES=$(CURDIR)/build/test/figures HF_HUB_OFFLINE=1 $(BIN)/nbdev_test --n_workers 1 --do_print --timing
@@ -40,6 +46,19 @@ notebooks: install
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(MAKE) readme
+
+# What measuring costs in time and memory (minutes), and a 16 GB checkpoint through a few gigabytes of memory (a quarter of an hour)
+bench: install
+	$(MAKE) --no-print-directory study-cost_of_measuring
+
+bench-large: install
+	$(MAKE) --no-print-directory study-larger_than_memory
+
+studies: $(STUDIES:%=study-%)
+
+study-%: install
+	cd nbs/studies && $(QUIET) $(CURDIR)/$(BIN)/jupyter execute --inplace $*.ipynb
+	$(BIN)/nbdev_clean --fname nbs/studies/$*.ipynb
 
 # The front page is nbs/index.ipynb; its links are relative to nbs/
 readme: install

@@ -29,6 +29,22 @@ def test_every_run_writes_the_same_bytes(name, expected, word_folder, tmp_path):
     assert sorted(first) == sorted(second) == sorted(again)
     assert not [n for n in first if not first[n] == second[n] == again[n]]
 
+STUDIES = {"calibration_sets": (dict(sources=["pydoc", "boolq"], protection="none", samples=4, length=32, seeds=[1, 2], ks=[1, 2], bins=8, neighbour=5, lengths=[16], counts=[1, 2, 4], resamples=20, subsets=5),
+                                {"record.json", "agreement-attention.csv", "ceiling-attention.svg", "amounts-attention.png", "boundaries.csv"}),
+           "cost_of_measuring": (dict(samples=4, length=32, batch_size=2, repeats=2, memory_samples=4, bins=8, neighbour=5), {"time.csv", "time.svg", "time.png"}),
+           "larger_than_memory": (dict(size="tiny", samples=4, length=32, batch_size=2, kill_after=1), {"tiny.json"})}
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_studies_run_on_a_small_model(name, word_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ENTRODROP_CACHE", str(tmp_path / "cache"))
+    (parameters, expected), out = STUDIES[name], tmp_path / "out"
+    if name != "larger_than_memory": parameters = parameters | dict(model=str(word_folder))
+    papermill.execute_notebook(ROOT / f"nbs/studies/{name}.ipynb", tmp_path / "out.ipynb", dict(parameters, out=str(out)), kernel_name="python3", progress_bar=False, cwd=str(tmp_path))
+    assert expected <= {p.name for p in out.iterdir()}
+    text = " ".join(o.get("text", "") for c in nbformat.read(tmp_path / "out.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs if o.get("name") == "stdout")
+    assert "nan" not in re.findall(r"\w+", text), text
+    if name == "larger_than_memory": assert "with 1 of 4 layers done (exit status -9)" in text and "going on after layer 0" in text
+
 def test_k_too_large_says_what_is_possible_and_keeps_the_profile(word_folder, tmp_path):
     with pytest.raises(papermill.exceptions.PapermillExecutionError, match="k=99 but only 4 attention blocks lie outside the 0 protected layers; choose k ≤ 4"):
         run("02_pruning", word_folder, tmp_path / "out", k=99)
@@ -67,7 +83,7 @@ def test_parameter_files_name_parameters_that_exist():
     assert len(files) == 3
     for file in files: assert set(yaml.safe_load(file.read_text())) <= known, file.name
 
-MODULES = {"scikit-learn": "sklearn", "lm-eval": "lm_eval"}
+MODULES = {"lm-eval": "lm_eval", "pyyaml": "yaml"}
 # requirements that are used without being imported, by what shows their use
 INDIRECT = dict(accelerate="device_map", gguf="gguf_file", pyarrow="to_parquet", jupyterlab="jupyter lab", ipykernel="jupyter execute", ipywidgets="jupyter lab",
                 nbdev="nbdev_export", execnb="nbdev_test", ghapi="nbdev_test", nbconvert="jupyter nbconvert")
