@@ -26,7 +26,7 @@ demo: install
 
 # Every numbered notebook with the parameters of params/$(MODEL).yaml, into figures/$(MODEL)/
 figures: install
-	$(BIN)/python -m entrodrop.regenerate $(MODEL)
+	$(BIN)/python -m entrodrop.regenerate "$(MODEL)"
 
 test: check
 	ENTRODROP_FIGURES=$(CURDIR)/build/test/figures HF_HUB_OFFLINE=1 $(BIN)/nbdev_test --n_workers 1 --do_print --timing

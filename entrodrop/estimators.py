@@ -88,7 +88,7 @@ def _kth(x, k):
     "The `k`-th smallest of the last dimension, from 1, and the next; where NumPy can be used, it is several times as fast as torch"
     following = min(k + 1, x.shape[-1])
     if x.device.type != "cpu": return x.kthvalue(k, dim=-1).values, x.kthvalue(following, dim=-1).values
-    parts = np.partition(x.numpy(), k - 1, axis=-1)
+    parts = np.partition(x.detach().numpy(), k - 1, axis=-1)
     return torch.from_numpy(parts[..., k - 1]), torch.from_numpy(parts[..., following - 1:].min(-1))
 
 # %% ../nbs/00_entropy_estimators.ipynb #4d8c3539

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CRITERIA', 'STAGES', 'output_folder', 'figure_style', 'save_figure', 'plot_entropy', 'plot_increase', 'plot_lens',
-           'plot_plans', 'plot_quality']
+           'plot_plans', 'plot_quality', 'plot_sources', 'plot_agreement', 'plot_ceiling', 'plot_samples']
 
 # %% ../nbs/api/figures.ipynb #c59f6350
 import os
@@ -131,4 +131,80 @@ def plot_quality(rows,        # DataFrame: criterion, rule, k, value, low, high
     axes[0, 0].set_ylabel(value)
     handles = dict(pair[::-1] for ax in axes.flat for pair in zip(*ax.get_legend_handles_labels()))
     fig.legend(handles.values(), handles.keys(), loc="outside right center")
+    return fig
+
+# %% ../nbs/api/figures.ipynb #f39b5a9e
+def _panels(names, columns, width, height):
+    "Figure and one axis a name, in rows of `columns`; axes that are left over are hidden"
+    rows = -(-len(names) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(width, height * rows), squeeze=False)
+    for ax in axes.flat[len(names):]: ax.set_axis_off()
+    return fig, axes.flat[:len(names)]
+
+def plot_sources(scores, # DataFrame: source, criterion, layer, score
+                ):       # matplotlib figure
+    """Heatmap of the scores: a panel a criterion, a row a text source, a column a layer.
+
+    A panel is divided by the 90th percentile of its absolute values and cut off at ±1; its rows share that scale, so that sources can be compared."""
+    criteria, sources = list(scores.criterion.unique()), list(scores.source.unique())
+    fig, axes = _panels(criteria, 1, 7.2, .45 + .2 * len(sources))
+    for ax, criterion in zip(axes, criteria):
+        table = scores[scores.criterion == criterion].pivot(index="source", columns="layer", values="score").loc[sources]
+        sns.heatmap((table / (np.quantile(table.abs(), .9) or 1)).clip(-1, 1), center=0, vmin=-1, vmax=1, cmap="vlag", ax=ax, linewidths=.3, cbar=False)
+        ax.set(title=criterion, ylabel="", xlabel="layer" if criterion == criteria[-1] else "")
+        ax.tick_params(axis="y", rotation=0)
+        if criterion != criteria[-1]: ax.tick_params(axis="x", labelbottom=False)
+    fig.colorbar(axes[0].collections[0], ax=list(axes), label="ΔH or 1 − cos, scaled", shrink=.5)
+    return fig
+
+def plot_agreement(pairs, # DataFrame: criterion, first, second (sources, each pair once), spearman
+                  ):      # matplotlib figure
+    "Rank correlation of drop orders, a panel a criterion: off the diagonal between sources, on it between draws from one source"
+    criteria, sources = list(pairs.criterion.unique()), list(dict.fromkeys([*pairs["first"], *pairs.second]))
+    fig, axes = _panels(criteria, 3, 7.2, .7 + .36 * len(sources))
+    for ax, criterion in zip(axes, criteria):
+        table = pairs[pairs.criterion == criterion].pivot(index="second", columns="first", values="spearman").reindex(index=sources, columns=sources)
+        sns.heatmap(table, vmin=min(.5, pairs.spearman.min()), vmax=1, cmap="cividis", annot=True, fmt=".2f", annot_kws=dict(size=7), ax=ax, linewidths=.3, cbar=False)
+        for i in range(len(sources)): ax.add_patch(mpl.patches.Rectangle((i, i), 1, 1, fill=False, ec="black", lw=1.2, clip_on=False))
+        ax.set(title=criterion, xlabel="", ylabel="")
+        ax.grid(False)
+        ax.tick_params(axis="x", rotation=30)
+        ax.tick_params(axis="y", rotation=0)
+    return fig
+
+def plot_ceiling(table, # DataFrame: criterion, measure, pairs, value, low, high, chance
+                ):      # matplotlib figure
+    "Agreement of two drop orders, a panel a measure, a row a criterion, a marker a kind of pair with its interval; gray: what chance gives"
+    measures, criteria, kinds = (list(table[c].unique()) for c in ("measure", "criterion", "pairs"))
+    fig, axes = plt.subplots(1, len(measures), figsize=(1.2 + 1.6 * len(measures), .9 + .32 * len(criteria)), sharey=True, squeeze=False)
+    shift = np.linspace(-.15, .15, len(kinds))
+    for ax, measure in zip(axes.flat, measures):
+        for i, kind in enumerate(kinds):
+            r = table[(table.measure == measure) & (table.pairs == kind)].set_index("criterion").loc[criteria]
+            y = np.arange(len(criteria)) + shift[i]
+            ax.errorbar(r.value, y, xerr=[r.value - r.low, r.high - r.value], fmt="os^D"[i % 4], color=f"C{i}", ms=4, elinewidth=1, label=kind)
+            ax.plot(r.chance, y, "|", color="gray", ms=9, label="chance" if i == 0 else None)
+        ax.set(title=measure, yticks=range(len(criteria)), yticklabels=criteria, xlim=(min(-.03, table.low.min() - .03), 1.03))
+    axes[0, 0].invert_yaxis()
+    handles = dict(pair[::-1] for pair in zip(*axes[0, 0].get_legend_handles_labels()))
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(kinds) + 1)
+    return fig
+
+def plot_samples(table,  # DataFrame: criterion, length, samples, spearman (one row of each)
+                 marked, # {label: {criterion: (samples, length)}}, cells to frame
+                ):       # matplotlib figure
+    "Agreement with a reference order against the amount of text: a panel a criterion, a row a length, a column a number of samples"
+    criteria = list(table.criterion.unique())
+    fig, axes = _panels(criteria, 2, 7.2, .9 + .2 * table.length.nunique())
+    for ax, criterion in zip(axes, criteria):
+        cells = table[table.criterion == criterion].pivot(index="length", columns="samples", values="spearman")
+        sns.heatmap(cells, vmin=min(.5, table.spearman.min()), vmax=1, cmap="cividis", annot=True, fmt=".2f", annot_kws=dict(size=7), ax=ax, linewidths=.3, cbar=False)
+        for i, (label, of) in enumerate(marked.items()):
+            samples, length = of[criterion]
+            if samples not in cells.columns or length not in cells.index: continue
+            corner = cells.columns.get_loc(samples) + .04 * i, cells.index.get_loc(length) + .04 * i
+            ax.add_patch(mpl.patches.Rectangle(corner, 1 - .08 * i, 1 - .08 * i, fill=False, ec=("#d55e00", "black")[i % 2], lw=1.6, ls=("-", "--")[i % 2], label=label, clip_on=False))
+        ax.set(title=criterion, xlabel="samples", ylabel="tokens in each")
+        ax.tick_params(axis="y", rotation=0)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(marked))
     return fig

@@ -104,7 +104,7 @@ def run_key(notebook,    # path
     facts = dict(code=_sources(notebook, "code"), package=package, versions=versions(), parameters=parameters, local=local)
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-# %% ../nbs/api/regenerate.ipynb #3b502637
+# %% ../nbs/api/regenerate.ipynb #5e915e0b
 PAGES = ("README.md", "runs.json")
 
 def _stamps(out):
@@ -126,7 +126,7 @@ def execute(notebook,   # path
     partial, before, papermill = out / f"{notebook.stem}.partial.ipynb", _stamps(out), _papermill()
     partial.unlink(missing_ok=True)
     try: papermill.execute_notebook(notebook, partial, parameters, kernel_name="python3", progress_bar=sys.stderr.isatty(),
-                                         extra_arguments=["--Application.log_level=CRITICAL"])  # else each kernel logs how it is reached, and that it was ended
+                                       extra_arguments=["--Application.log_level=CRITICAL"])  # else each kernel logs how it is reached, and that it was ended
     except Exception as e:  # of a cell, or of a kernel that died
         place = f"; as far as it came, it is {partial}" if partial.exists() else ""
         raise RuntimeError(f"{notebook.stem} failed{place}\n{str(e).strip() or repr(e)}") from None
@@ -134,7 +134,7 @@ def execute(notebook,   # path
     code = "\n".join(_sources(notebook, "code"))
     return [n for n, stamp in _stamps(out).items() if stamp != before.get(n) or f'/ "{Path(n).parts[0].partition(".")[0]}"' in code]
 
-# %% ../nbs/api/regenerate.ipynb #5d2be9fd
+# %% ../nbs/api/regenerate.ipynb #059bdea6
 def in_words(stem)->str:
     "The name of a figure as its caption: `plans-attention-k8` is `Plans, attention, k = 8`"
     words = re.sub(r"-([a-z]+)(\d+)(?=-|$)", r"-\1 = \2", stem).replace("-", ", ").replace("_", " ")
@@ -189,12 +189,12 @@ def index_page(runs,  # {notebook's stem: record}
     name = file.stem if ours else file.as_posix() if not file.is_absolute() else file.name
     params, target = f"params/{file.name}" if ours else name, _beneath(file, out, root) if ours else None
     head = (f"# Figures of {file.stem}", f"> All that the numbered notebooks draw with the parameters of {_link(params, target) if target else params}.",
-            f"```sh\nmake figures MODEL={name}\n```", "runs the notebooks whose code or parameters changed since, and writes this page; without the file `runs.json` it runs all of them. "
+            f"```sh\nmake figures MODEL={name}\n```", "This runs the notebooks whose code or parameters changed since, and writes this page; without the file `runs.json` it runs all of them. "
             "The executed notebooks are then beside this page; they are not committed.",
             "Made with " + ", ".join(f"{p} {v}" for p, v in versions().items()) + ".")
     return "\n\n".join([*head, *(p for n in numbered_notebooks(root) for p in _section(n, runs[n.stem], out, root))]) + "\n"
 
-# %% ../nbs/api/regenerate.ipynb #747320e9
+# %% ../nbs/api/regenerate.ipynb #044a2bc5
 def read_runs(out)->dict:
     "The records in a folder: {notebook's stem: dict(key, parameters, files={name: hash of its content})}. Raises `ValueError` for a damaged file"
     path = Path(out, "runs.json")
@@ -209,7 +209,7 @@ def _run(notebook, key, out, parameters, runs):
     known = notebook_parameters(notebook)
     files = execute(notebook, out, parameters | (dict(out=str(out)) if "out" in known else {}))
     runs[notebook.stem] = dict(key=key, parameters={n: v for n, v in (known | parameters).items() if n != "out"}, files={f: _content(out / f) for f in files})
-    write_text(out / "runs.json", json.dumps(runs, indent=1, ensure_ascii=False) + "\n")
+    write_text(out / "runs.json", json.dumps({n: runs[n] for n in sorted(runs)}, indent=1, ensure_ascii=False) + "\n")
 
 def regenerate(model="smollm2-135m", # name of a file in `params/`, or the path of a .yaml file
                root=".",             # folder of the repository

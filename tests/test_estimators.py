@@ -361,6 +361,12 @@ def test_views_are_read_like_copies(estimator, view):
 
 
 @pytest.mark.parametrize("estimator", ALL)
+def test_states_of_a_model_in_training(estimator):
+    z = normal(2, 40, 8)
+    assert_same(estimator((z * torch.ones(8, requires_grad=True))).detach(), estimator(z))
+
+
+@pytest.mark.parametrize("estimator", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_input_is_left_alone(estimator, dtype):
     z = small_batch(3).to(dtype)
