@@ -31,6 +31,8 @@ def figure_style():
          mpl.rc_context({"figure.dpi": 110, "figure.constrained_layout.use": True, "axes.spines.top": False,
                          "axes.spines.right": False, "grid.alpha": .4, "legend.frameon": False}):
         yield
+        interactive = mpl.is_interactive()
+    mpl.interactive(interactive)  # a notebook's backend turns it on with the first figure; undone, later figures would not be shown
 
 def save_figure(fig,  # a matplotlib figure
                 path, # without suffix

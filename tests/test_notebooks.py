@@ -29,9 +29,7 @@ def test_every_run_writes_the_same_bytes(name, expected, word_folder, tmp_path):
     assert sorted(first) == sorted(second) == sorted(again)
     assert not [n for n in first if not first[n] == second[n] == again[n]]
 
-STUDIES = {"calibration_sets": (dict(sources=["pydoc", "boolq"], protection="none", samples=4, length=32, seeds=[1, 2], ks=[1, 2], bins=8, neighbour=5, lengths=[16], counts=[1, 2, 4], resamples=20, subsets=5),
-                                {"record.json", "agreement-attention.csv", "ceiling-attention.svg", "amounts-attention.png", "boundaries.csv"}),
-           "cost_of_measuring": (dict(samples=4, length=32, batch_size=2, repeats=2, memory_samples=4, bins=8, neighbour=5), {"time.csv", "time.svg", "time.png"}),
+STUDIES = {"cost_of_measuring": (dict(samples=4, length=32, batch_size=2, repeats=2, memory_samples=4, bins=8, neighbour=5), {"time.csv", "time.svg", "time.png"}),
            "larger_than_memory": (dict(size="tiny", samples=4, length=32, batch_size=2, kill_after=1), {"tiny.json"})}
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -61,6 +59,11 @@ def test_committed_notebooks_are_executed_and_clean(path):
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert not re.search(r"(?<![\w.:/~}])/(?:home|root|tmp|work|Users)/\w", path.read_text())
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_cell_that_saves_a_figure_shows_it(path):
+    cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code" and re.search(r"^ *save_figure\(", c.source, re.M)]
+    assert not [c.source for c in cells if not any("image/png" in o.get("data", {}) for o in c.outputs)]
+
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if re.match(r"0[1-9]_", p.name)], ids=lambda p: p.stem)
 def test_numbered_notebooks_share_parameter_names(path):
     (cell,) = tagged(nbformat.read(path, 4))
@@ -72,9 +75,9 @@ def test_numbered_notebooks_share_parameter_names(path):
 def test_imports_and_code_do_not_share_a_cell():
     for path in NOTEBOOKS:
         for cell in nbformat.read(path, 4).cells:
-            lines = [l for l in cell.source.splitlines() if l and not l.startswith((" ", "#", ")"))] if cell.cell_type == "code" else []
-            imports = [l for l in lines if re.match(r"(import|from) ", l)]
-            assert not imports or len(imports) == len(lines) or lines[-1].startswith("logging."), (path.name, cell.source)
+            nodes = ast.parse(cell.source).body if cell.cell_type == "code" else []
+            imports = [n for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))]
+            assert not imports or len(imports) == len(nodes) or ast.unparse(nodes[-1]).startswith("logging."), (path.name, cell.source)
 
 def test_parameter_files_name_parameters_that_exist():
     yaml = pytest.importorskip("yaml")
