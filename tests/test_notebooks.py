@@ -3,13 +3,15 @@ import ast, re
 from configparser import ConfigParser
 from pathlib import Path
 import nbformat, papermill, pytest
+from entrodrop.models import load_model
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 COMMON = {"model", "data", "samples", "length", "seed", "target", "criterion", "k", "out"}
 SMALL = dict(data="pydoc", samples=4, length=32, bins=8, neighbour=5)
 EXTRA = {"01_two_stage_dynamics": dict(lens_samples=2), "02_pruning": dict(criterion="cosine", k=2, ks=[1], windows=3, window_length=16),
-         "03_benchmarks": dict(criteria=["cosine", "random"], ks=[1], tasks=["piqa:validation"], limit=4)}
+         "03_benchmarks": dict(criteria=["cosine", "random"], ks=[1], tasks=["piqa:validation"], limit=4),
+         "04_checkpoints_and_speed": dict(criterion="cosine", k=1, ks=[1], shapes=[[1, 16]], new_tokens=2, repeats=2)}
 
 def run(name, folder, out, **parameters):
     "Execute a notebook; returns what it wrote, by file name"
@@ -43,6 +45,11 @@ def test_studies_run_on_a_small_model(name, word_folder, tmp_path, monkeypatch):
     assert "nan" not in re.findall(r"\w+", text), text
     if name == "larger_than_memory": assert "with 1 of 4 layers done (exit status -9)" in text and "going on after layer 0" in text
 
+def test_the_checkpoint_chapter_leaves_a_folder_where_it_is_asked_to(word_folder, tmp_path):
+    written = run("04_checkpoints_and_speed", word_folder, tmp_path / "out", target="layer", checkpoint=str(tmp_path / "kept"))
+    assert {"speed.csv", "speed.svg", "tradeoff.csv", "tradeoff.png"} <= set(written)
+    assert len(load_model(tmp_path / "kept", device="cpu").model.layers) == 3 and (tmp_path / "kept/plan.json").exists() and (tmp_path / "kept/tokenizer.json").exists()
+
 def test_k_too_large_says_what_is_possible_and_keeps_the_profile(word_folder, tmp_path):
     with pytest.raises(papermill.exceptions.PapermillExecutionError, match="k=99 but only 4 attention blocks lie outside the 0 protected layers; choose k ≤ 4"):
         run("02_pruning", word_folder, tmp_path / "out", k=99)
@@ -71,6 +78,10 @@ def test_numbered_notebooks_share_parameter_names(path):
     assert {"model", "data", "samples", "length", "seed", "out"} <= names
     assert not names & {"model_name", "n_samples", "seq_len", "num_samples", "output", "dataset"}
     assert all("#" in line for line in cell.source.splitlines() if line.split("=")[0].strip() not in ("criteria",))
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name == "studies"], ids=lambda p: p.stem)
+def test_studies_take_minutes_and_are_left_out_of_nbdev_test(path):
+    assert "skip_exec: true" in nbformat.read(path, 4).cells[0].source.splitlines()
 
 def test_imports_and_code_do_not_share_a_cell():
     for path in NOTEBOOKS:
