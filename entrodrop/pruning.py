@@ -114,7 +114,7 @@ def _swap(changes, owner, name, value):
 
 def _refuse_to_save(*args, **kwargs):
     raise ValueError("a model that lacks some attention or MLP blocks is not saved: transformers would load it with random weights in their place. "
-                     "Save the plan, and drop again after loading; a model that lacks whole layers does save")
+                     "entrodrop.checkpoints.save writes a folder that loads as it should, from the dense model and the plan")
 
 def _fields_of(config, keep):
     "Config fields that speak of single layers, for a model of the kept layers"
@@ -127,7 +127,7 @@ def _fields_of(config, keep):
 
 def _number_slots(changes, config, attention):
     "Give kept attention, a list with one module per layer, the cache slots of its kind in order, so that the first slot of every kind is filled"
-    kept = {i: m for i, m in enumerate(attention) if not isinstance(m, DroppedBlock)}
+    kept = {i: m for i, m in enumerate(attention) if hasattr(m, "layer_idx")}
     kinds = list(getattr(config, "layer_types", None) or [None] * len(attention))
     left = {kinds[i] for i in kept}
     if left and left != {*kinds}:
