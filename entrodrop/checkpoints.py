@@ -184,7 +184,7 @@ def model_card(plans,   # list of `Plan`
     source, text, cut = plans[0].provenance.get("model", {}), plans[0].provenance.get("text", {}), cut_of(plans)
     name, base = source.get("name"), source.get("parameters")
     silenced = _silenced(cut, form)
-    front = ["library_name: transformers", *([f"base_model: {name}"] if name and name.count("/") == 1 else []), "tags:", "- entrodrop", "- pruned"]
+    front = ["library_name: transformers", *([f"base_model: {name}"] if name and name.count("/") == 1 and not Path(name).exists() else []), "tags:", "- entrodrop", "- pruned"]
     lines = ["---", *front, "---", "", f"# {folder}", "",
              f"{name or 'A model'} of {cut.total} layers ({source.get('model_type', 'unknown kind')}), pruned without training by [entropy-based block pruning](https://arxiv.org/abs/2504.03794).", "",
              f"- layers dropped whole: {_layers(cut.layers)}", f"- attention dropped in layers: {_layers(cut.attention)}", f"- MLP dropped in layers: {_layers(cut.mlp)}",

@@ -111,7 +111,7 @@ TYPES = dict(float32=(GGMLQuantizationType.F32, LlamaFileType.ALL_F32), float16=
              bfloat16=(GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16), q8_0=(GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0))
 
 def _stored(folder):
-    "{name: function that reads it as float32} of all tensors of a checkpoint, and the set of names that are all zeros and last in their attention"
+    "{name: function that reads it as float32} of all tensors of a checkpoint"
     readers = {}
     for path in checkpoint_files(folder):
         with safe_open(path, "pt") as file:
