@@ -27,8 +27,10 @@ def write_text(path, text):
     "Write a text file by a temporary name, so that it is either the old one or the new one, never half of it"
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally: temporary.unlink(missing_ok=True)
 
 @dataclass
 class Profile:

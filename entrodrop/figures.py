@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CRITERIA', 'STAGES', 'output_folder', 'figure_style', 'save_figure', 'plot_entropy', 'plot_increase', 'plot_lens',
-           'plot_plans', 'plot_quality', 'plot_sources', 'plot_agreement', 'plot_ceiling', 'plot_samples', 'plot_speed',
-           'plot_tradeoff']
+           'plot_plans', 'plot_quality', 'plot_differences', 'plot_sources', 'plot_agreement', 'plot_ceiling',
+           'plot_samples', 'plot_speed', 'plot_tradeoff']
 
 # %% ../nbs/api/figures.ipynb #c59f6350
 import os
@@ -134,6 +134,21 @@ def plot_quality(rows,        # DataFrame: criterion, rule, k, value, low, high
     axes[0, 0].set_ylabel(value)
     handles = dict(pair[::-1] for ax in axes.flat for pair in zip(*ax.get_legend_handles_labels()))
     fig.legend(handles.values(), handles.keys(), loc="outside right center")
+    return fig
+
+def plot_differences(rows,  # DataFrame: group, variant, difference, low, high
+                     value, # axis label of `difference`
+                    ):      # matplotlib figure
+    "Differences with intervals, a row a variant, in groups from top to bottom; the line is no difference"
+    groups = list(rows.groupby("group", sort=False))
+    fig, axes = plt.subplots(len(groups), 1, figsize=(6.4, .7 + sum(.28 + .2 * len(p) for _, p in groups)), sharex=True, squeeze=False, height_ratios=[len(p) + .5 for _, p in groups])
+    for i, (ax, (name, part)) in enumerate(zip(axes.flat, groups)):
+        y = np.arange(len(part))
+        ax.errorbar(part.difference, y, xerr=[part.difference - part.low, part.high - part.difference], fmt="o", ms=4, elinewidth=1, color=f"C{i}")
+        ax.axvline(0, color="black", lw=.6)
+        ax.set(yticks=y, yticklabels=part.variant, ylim=(len(part) - .4, -.6))
+        ax.set_title(name, loc="left", fontsize="medium")
+    axes[-1, 0].set_xlabel(value)
     return fig
 
 # %% ../nbs/api/figures.ipynb #f39b5a9e

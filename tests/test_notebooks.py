@@ -10,7 +10,7 @@ NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpo
 COMMON = {"model", "data", "samples", "length", "seed", "target", "criterion", "k", "out"}
 SMALL = dict(data="pydoc", samples=4, length=32, bins=8, neighbour=5)
 EXTRA = {"01_two_stage_dynamics": dict(lens_samples=2), "02_pruning": dict(criterion="cosine", k=2, ks=[1], windows=3, window_length=16),
-         "03_benchmarks": dict(criteria=["cosine", "random"], ks=[1], tasks=["piqa:validation"], limit=4),
+         "03_benchmarks": dict(methods={"LLMDrop": ["attention", "cosine"], "EntroDrop attention": ["attention", "bucket"]}, ks=[1], tasks=["piqa:validation"], limit=4),
          "04_checkpoints_and_speed": dict(criterion="cosine", k=1, ks=[1], shapes=[[1, 16]], new_tokens=2, repeats=2)}
 
 def run(name, folder, out, **parameters):
@@ -23,7 +23,7 @@ def run(name, folder, out, **parameters):
 @pytest.mark.parametrize("name,expected", [
     ("01_two_stage_dynamics", {"profile.json", "profile.parquet", "entropy_by_depth.svg", "entropy_increase.png", "logit_lens.svg"}),
     ("02_pruning", {"profile.json", "plan-attention-cosine-k2.json", "plans-attention-k2.svg", "perplexity-attention.png", "perplexity-attention.csv"}),
-    ("03_benchmarks", {"profile.json", "accuracy-attention-limit4.csv", "accuracy-attention-limit4.svg"})])
+    ("03_benchmarks", {"profile.json", "accuracy-limit4.csv", "accuracy-limit4.md", "retention-limit4.svg", "findings-limit4.md", "tasks-limit4.csv"})])
 def test_every_run_writes_the_same_bytes(name, expected, word_folder, tmp_path):
     first, second = (run(name, word_folder, tmp_path / n) for n in "ab")
     assert expected <= set(first)
@@ -32,6 +32,7 @@ def test_every_run_writes_the_same_bytes(name, expected, word_folder, tmp_path):
     assert not [n for n in first if not first[n] == second[n] == again[n]]
 
 STUDIES = {"cost_of_measuring": (dict(samples=4, length=32, batch_size=2, repeats=2, memory_samples=4, bins=8, neighbour=5), {"time.csv", "time.svg", "time.png"}),
+           "ablations": (dict(samples=4, length=32, k=1, buckets=[4, 8], neighbours=[3], alphas=[2.], texts=["pydoc"], tasks=["piqa:validation"], limit=4), {"ablations-attention-k1.csv", "ablations-attention-k1.md", "ablations-attention-k1.svg"}),
            "larger_than_memory": (dict(size="tiny", samples=4, length=32, batch_size=2, kill_after=1), {"tiny.json"})}
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -99,7 +100,7 @@ def test_parameter_files_name_parameters_that_exist():
 
 MODULES = {"lm-eval": "lm_eval", "pyyaml": "yaml"}
 # requirements that are used without being imported, by what shows their use
-INDIRECT = dict(accelerate="device_map", gguf="gguf_file", pyarrow="to_parquet", jupyterlab="jupyter lab", ipykernel="jupyter execute", ipywidgets="jupyter lab",
+INDIRECT = dict(accelerate="device_map", tabulate="to_markdown", gguf="gguf_file", pyarrow="to_parquet", jupyterlab="jupyter lab", ipykernel="jupyter execute", ipywidgets="jupyter lab",
                 nbdev="nbdev_export", execnb="nbdev_test", ghapi="nbdev_test", nbconvert="jupyter nbconvert")
 
 def imported(source):

@@ -1,0 +1,39 @@
+"Sweeps through joblib on a local cluster of two workers: the rows of one process, also when a worker is killed half way. The clusters are an extra: pip install -e '.[cluster]'"
+import os
+
+import pytest
+import torch
+
+import dying
+from entrodrop import benchmarks
+from entrodrop.benchmarks import local_tasks, sweep
+from entrodrop.dynamics import measure
+from test_benchmarks import TASKS, same_rows, several
+
+try: local_tasks()
+except ModuleNotFoundError as e: pytest.skip(str(e), allow_module_level=True)
+
+
+def ray_cluster():
+    ray = pytest.importorskip("ray", reason="ray is not installed (an extra: cluster)")
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, runtime_env=dict(env_vars=dict(PYTHONPATH=os.path.dirname(__file__))))
+    return ray.shutdown, dict(ray_remote_args=dict(num_cpus=1))
+
+
+def dask_cluster():
+    distributed = pytest.importorskip("distributed", reason="dask is not installed (an extra: cluster)")
+    client = distributed.Client(n_workers=2, threads_per_worker=1, dashboard_address=None)
+    return client.shutdown, {}
+
+
+@pytest.mark.parametrize("backend", ["ray", "dask"])
+def test_a_cluster_gives_the_rows_of_one_process_and_outlives_a_worker(backend, word_model, word_folder, tmp_path, monkeypatch):
+    stop, pool = dict(ray=ray_cluster, dask=dask_cluster)[backend]()
+    try:
+        plans = several(measure(word_model[0], torch.randint(3, 250, (4, 40), generator=torch.Generator().manual_seed(0))))
+        alone = sweep(*word_model, plans, TASKS, tmp_path / "alone", 4)
+        same_rows(alone, sweep(str(word_folder), None, plans, TASKS, tmp_path / "cluster", 4, jobs=2, backend=backend, pool=pool))
+        monkeypatch.setattr(benchmarks, "_fill_in_worker", dying.once)
+        same_rows(alone, sweep(str(word_folder), None, plans, TASKS, tmp_path / "killed/store", 4, jobs=2, backend=backend, pool=pool))
+        assert (tmp_path / "killed/died").exists()
+    finally: stop()
