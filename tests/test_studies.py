@@ -3,7 +3,7 @@ import json, random, re
 import nbformat, pandas as pd, papermill, pytest
 from test_notebooks import ROOT
 
-SMALL = dict(samples=4, length=32, seeds=[1, 2], ks=[1, 2, 9], bins=8, neighbour=5, probes=["same"], lengths=[16], counts=[1, 4, 8], resamples=50, subsets=20)
+SMALL = dict(protection="none", samples=4, length=32, seeds=[1, 2], ks=[1, 2, 9], bins=8, neighbour=5, probes=["same"], lengths=[16], counts=[1, 4, 8], resamples=50, subsets=20)
 
 def write_documents(path, words, seed):
     "Twelve documents of random words, none with a run of 13 words in common"
