@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'PRUNED', 'PARTIAL', 'EMBEDDED', 'Architecture', 'architecture', 'decoder_config', 'decoder_layers',
-           'cache_folder', 'embedded_model', 'choose_device', 'choose_dtype', 'load_model', 'load_tokenizer',
-           'model_slug', 'stream', 'readout', 'parameter_digest', 'combine_fingerprint', 'fingerprint',
-           'describe_model']
+           'cache_folder', 'embedded_model', 'choose_device', 'choose_dtype', 'weight_bytes', 'load_model',
+           'load_tokenizer', 'model_slug', 'stream', 'readout', 'parameter_digest', 'combine_fingerprint',
+           'fingerprint', 'describe_model']
 
 # %% ../nbs/api/models.ipynb #c717ac75
 import hashlib, importlib.metadata, importlib.util, os, shutil, tempfile
@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from pathlib import Path
-import platformdirs, torch
+import platformdirs, psutil, torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from .nemotron_nas import DeciLMConfig, DeciLMForCausalLM
@@ -176,21 +177,41 @@ def choose_dtype(dtype, device)->torch.dtype:
     if not isinstance(dtype, torch.dtype): raise ValueError(f"dtype must be a torch dtype or its name, such as 'bfloat16', got {dtype!r}")
     return dtype
 
+def weight_bytes(config,      # of transformers
+                 dtype,       # torch dtype
+                 loader=None, # model class; None: what transformers chooses
+                )->int:
+    "Bytes that the weights of a model will take, from its config alone"
+    with init_empty_weights(): model = AutoModelForCausalLM.from_config(config, dtype=dtype) if loader is None else loader(config)
+    model.tie_weights()
+    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
+
+def _free_bytes(device):
+    "What a device has left"
+    return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else psutil.virtual_memory().available
+
+def _check_memory(name, need, dtype, device):
+    "Raise `MemoryError` where a device has too little left for weights"
+    if need > (free := _free_bytes(device)):
+        raise MemoryError(f"{str(name)!r} takes {need / 1e9:.3g} GB in {str(dtype).removeprefix('torch.')}, and {free / 1e9:.3g} GB are free on {device}: choose a smaller dtype such as 'bfloat16', "
+                          "device='auto' to spread it over all devices, or entrodrop.dynamics.measure by name, which reads one layer at a time")
+
 def load_model(name=EMBEDDED,  # `smollm2-135m`, a folder, a `.gguf` file, or a Hub id
                dtype=None,     # a torch dtype or its name; None: bfloat16 on a GPU, float32 on a CPU
                device=None,    # a torch device, or "auto" to spread over all; None: a GPU where there is one
                revision=None,  # branch, tag or commit of a Hub id
                attn_implementation=None, # "eager", "sdpa", "flash_attention_2", …; None: what transformers chooses
               ):               # a transformers model in evaluation mode
-    "Load a causal language model. Raises `ValueError` for an unsupported architecture, `OSError` where nothing can be read"
+    "Load a causal language model. Raises `ValueError` for an unsupported architecture, `OSError` where nothing can be read, `MemoryError` before reading what cannot fit"
     where = _locate(name)
     device, dtype = choose_device(device), choose_dtype(dtype, device)
     options = {} if attn_implementation is None else dict(attn_implementation=attn_implementation)
     fields = {} if "gguf_file" in where else _reach(name, lambda: PreTrainedConfig.get_config_dict(where["pretrained_model_name_or_path"], revision=revision)[0])
-    config, loader = _partial_model(fields) if str(fields.get("model_type")).startswith(PARTIAL) else (_config(name, where, revision), AutoModelForCausalLM)
+    config, loader = _partial_model(fields) if str(fields.get("model_type")).startswith(PARTIAL) else (_config(name, where, revision), None)
     architecture(config)
+    if device != "auto": _check_memory(name, weight_bytes(config, dtype, loader), dtype, device)
     if "gguf_file" in where: model = _gguf_model(Path(name).expanduser(), dtype, **options).to("cpu" if device == "auto" else device)
-    else: model = _reach(name, lambda: loader.from_pretrained(**where, config=config, revision=revision, dtype=dtype, device_map=device, use_safetensors=True, **options))
+    else: model = _reach(name, lambda: (loader or AutoModelForCausalLM).from_pretrained(**where, config=config, revision=revision, dtype=dtype, device_map=device, use_safetensors=True, **options))
     return model.eval()
 
 def load_tokenizer(name=EMBEDDED, # as for `load_model`

@@ -11,11 +11,12 @@ import gguf
 import httpx
 import pytest
 import torch
+from conftest import make_decoder
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from transformers import BloomConfig
+from transformers import AutoModelForCausalLM, BloomConfig
 
 from entrodrop import models
-from entrodrop.models import decoder_layers, describe_model, embedded_model, fingerprint, load_model, load_tokenizer, stream
+from entrodrop.models import decoder_layers, describe_model, embedded_model, fingerprint, load_model, load_tokenizer, stream, weight_bytes
 
 
 # Loading
@@ -259,3 +260,13 @@ def test_fingerprint_is_of_weights_not_of_names(decoder, tmp_path):
     assert [d["name"] for d in described] == ["one", "other"]  # of the folder, not where it lies
     assert described[0] | dict(name="") == described[1] | dict(name="")
     assert described[0]["fingerprint"] == fingerprint(decoder)
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_read(word_folder, monkeypatch):
+    monkeypatch.setattr(models, "_free_bytes", lambda device: 100_000)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # reading would fail otherwise
+    with pytest.raises(MemoryError, match=r"'.*Tiny-Llama' takes \S+ GB in float32, and 0\.0001 GB are free on cpu: choose a smaller dtype"): load_model(word_folder, device="cpu")
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi", "gpt2", "qwen3_moe"])
+def test_bytes_of_weights_from_the_config(name):
+    model = make_decoder(name)
+    assert weight_bytes(model.config, torch.bfloat16) == 2 * sum(p.numel() for p in model.parameters())
