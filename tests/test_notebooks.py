@@ -12,7 +12,7 @@ SMALL = dict(data="pydoc", samples=4, length=32, bins=8, neighbour=5)
 EXTRA = {"01_two_stage_dynamics": dict(lens_samples=2), "02_pruning": dict(criterion="cosine", k=2, ks=[1], windows=3, window_length=16),
          "03_benchmarks": dict(methods={"LLMDrop": ["attention", "cosine"], "EntroDrop attention": ["attention", "bucket"]}, ks=[1], tasks=["piqa:validation"], limit=4),
          "04_checkpoints_and_speed": dict(criterion="cosine", k=1, ks=[1], shapes=[[1, 16]], new_tokens=2, repeats=2),
-         "05_beyond_the_paper": dict(trial_samples=3, trial_length=30, targets={"attention": [1], "layer": [1]}, criteria=["cosine", "bucket"], proposers=["cosine", "bucket"], first=2, tries=2, sleb=1, seeds=[1, 2], windows=3, window_length=16)}
+         "05_beyond_the_paper": dict(trial_samples=3, trial_length=30, targets={"attention": [1], "layer": [1]}, criteria=["cosine", "bucket"], proposers=["cosine", "bucket"], first=2, tries=2, sleb=1, draws=2, windows=3, window_length=16)}
 
 def run(name, folder, out, **parameters):
     "Execute a notebook; returns what it wrote, by file name"
