@@ -14,6 +14,7 @@ from entrodrop.gguf_files import save_gguf
 from entrodrop.layerwise import safetensors_header
 from entrodrop.models import PRUNED, fingerprint, load_model, load_tokenizer
 from entrodrop.pruning import Plan, dropped, plan
+from entrodrop.speed import _cache, _step
 
 PLANS = dict(attention=[by_hand("attention", (1, 3))], first=[by_hand("attention", (0, 3))], mlp=[by_hand("mlp", (0, 2))], layer=[by_hand("layer", (0, 3))],
              mixed=[by_hand("attention", (1, 3)), by_hand("mlp", (3, 4))], layer_and_attention=[by_hand("attention", (1,)), by_hand("layer", (0,))],
@@ -94,7 +95,7 @@ def test_continuing_in_chunks_equals_one_pass(llama_folder, ids):
     loaded = load_model(llama_folder[0], device="cpu")
     with torch.inference_mode():
         first = loaded(ids[:, :9], use_cache=True)
-        second = loaded(ids[:, 9:], use_cache=True, cache=first.cache)
+        second = _step(loaded, ids[:, 9:], _cache(first))
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), logits(loaded, ids), **close)
 
 
