@@ -77,7 +77,7 @@ bench-tasks: install
 	mkdir -p build/bench
 	$(BIN)/papermill nbs/03_benchmarks.ipynb build/bench/03_benchmarks.ipynb -f params/studies/benchmarks.yaml
 
-# Searches beside one-shot criteria: three draws of text, attention blocks and layers (an hour on two cores)
+# Searches beside one-shot criteria: two draws of text, attention blocks and layers (an hour on two cores)
 bench-search: install
 	mkdir -p build/bench
 	$(QUIET) $(BIN)/papermill nbs/05_beyond_the_paper.ipynb build/bench/05_beyond_the_paper.ipynb -f params/studies/search.yaml

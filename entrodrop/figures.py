@@ -269,15 +269,18 @@ def plot_tradeoff(rows,  # DataFrame: target, criterion, k, speedup, value, low,
 def plot_frontier(rows,  # DataFrame: target, k, method, tokens, value, low, high
                   value, # axis label of `value`
                  ):      # matplotlib figure
-    "Quality against what a selection cost: a panel a target and number of dropped blocks, a marker a method with its interval; both axes logarithmic, and at the left edge what cost nothing"
+    "Quality against what a selection cost: a panel a target and number of dropped blocks, a marker a method with its interval; both axes logarithmic. At the left edge stands what cost nothing, at the top edge, hollow, what is ten times the best or worse"
     panels, methods = list(rows[["target", "k"]].drop_duplicates().itertuples(index=False, name=None)), list(rows.method.unique())
-    fig, axes = _panels(panels, min(3, len(panels)), 2.4 + 2.2 * min(3, len(panels)), 2.6)
+    fig, axes = _panels(panels, min(2, len(panels)), 2.4 + 2.8 * min(2, len(panels)), 2.8)
     free = rows.tokens[rows.tokens > 0].min() / 3
     for ax, (target, k) in zip(axes, panels):
-        for r in rows[(rows.target == target) & (rows.k == k)].itertuples():
-            i = methods.index(r.method)
-            ax.errorbar(max(r.tokens, free), r.value, [[r.value - r.low], [r.high - r.value]], fmt="os^Dvx<>Pp*hd"[i % 13], ms=5, elinewidth=.8, color=f"C{i % 10}", label=r.method)
-        ax.set(title=f"{target}, k = {k}", xscale="log", yscale="log", xlabel="tokens through the model", ylabel=value)
+        part = rows[(rows.target == target) & (rows.k == k)]
+        top = 10 * part.value.min()
+        for r in part.itertuples():
+            i, inside = methods.index(r.method), r.value < top
+            ax.errorbar(max(r.tokens, free), min(r.value, top), [[r.value - r.low], [min(r.high, top) - r.value]] if inside else None, fmt="os^Dvx<>Pp*hd"[i % 13], ms=5, elinewidth=.8, color=f"C{i % 10}", mfc=None if inside else "none", label=r.method, clip_on=False)
+        ax.set(title=f"{target}, k = {k}", xscale="log", yscale="log", ylim=(.9 * part.low.min(), top), xlabel="tokens through the model", ylabel=value)
+        for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): axis(mpl.ticker.FormatStrFormatter("%g"))
     handles = dict(pair[::-1] for ax in axes for pair in zip(*ax.get_legend_handles_labels()))
     fig.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)
     return fig

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trials', 'Selection', 'candidates', 'greedy', 'exchange', 'evolve', 'iterative', 'LinearBlock', 'linearised']
 
-# %% ../nbs/05_beyond_the_paper.ipynb #7c6ea123
+# %% ../nbs/05_beyond_the_paper.ipynb #e43bb583
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .layerwise import _dry_run
 from .models import architecture, decoder_config, decoder_layers, readout
 from .pruning import Plan, _apply, _attention_result, _number_slots, _swap, _undo, plan
 
-# %% ../nbs/05_beyond_the_paper.ipynb #022da9fc
+# %% ../nbs/05_beyond_the_paper.ipynb #f1a6931a
 class Trials:
     """How far the predictions of a pruned model are from the dense model's on calibration text, in nats per token, for one set of blocks after another.
 
@@ -107,7 +107,7 @@ class Trials:
         self.passes += share * (self._work(blocks, start) + self.head / self.total)
         return np.array(found)
 
-# %% ../nbs/05_beyond_the_paper.ipynb #e0996433
+# %% ../nbs/05_beyond_the_paper.ipynb #d2784874
 def _overlap(a, b): return a[1] == b[1] and (a == b or "layer" in (a[0], b[0]))
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def greedy(trials,     # `Trials`
         rows.append(dict(k=step + 1, loss=current, passes=trials.passes))
     return Selection(tuple(chosen), DataFrame(rows), f"greedy {trials.loss}" + (f", {tries} tries" if tries else ""))
 
-# %% ../nbs/05_beyond_the_paper.ipynb #6e2f0087
+# %% ../nbs/05_beyond_the_paper.ipynb #4b0f2958
 def exchange(trials,
              selection, # a `Selection`; its first `k` blocks are improved
              blocks,    # candidates
@@ -182,7 +182,7 @@ def exchange(trials,
     trials.rebase(chosen)
     return Selection(tuple(chosen), DataFrame([dict(k=k, loss=current, passes=trials.passes)]), f"{selection.method}, exchanged")
 
-# %% ../nbs/05_beyond_the_paper.ipynb #7e998af1
+# %% ../nbs/05_beyond_the_paper.ipynb #d4d6ef35
 def evolve(trials,
            blocks,        # candidates
            k,
@@ -218,7 +218,7 @@ def evolve(trials,
             pool = [mutant(best[1]) for _ in range(offspring)]
     return Selection(tuple(sorted(best[1])), DataFrame(rows), "evolution")
 
-# %% ../nbs/05_beyond_the_paper.ipynb #d521e86e
+# %% ../nbs/05_beyond_the_paper.ipynb #bbfedabc
 def iterative(model,
               calibration, # as for `measure`
               target,      # "attention", "mlp" or "layer"
@@ -240,7 +240,7 @@ def iterative(model,
         rows.append(dict(k=step + 1, loss=math.nan, passes=float(step + 1)))
     return Selection(tuple((target, i) for i in chosen), DataFrame(rows), f"{criterion}, measured anew")
 
-# %% ../nbs/05_beyond_the_paper.ipynb #e0beee0a
+# %% ../nbs/05_beyond_the_paper.ipynb #fdbd3f3b
 class LinearBlock(nn.Module):
     "A linear map in the place of an attention block: no look at other tokens, no cache"
     def __init__(self, weight, bias, result):

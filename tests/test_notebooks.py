@@ -11,8 +11,7 @@ COMMON = {"model", "data", "samples", "length", "seed", "target", "criterion", "
 SMALL = dict(data="pydoc", samples=4, length=32, bins=8, neighbour=5)
 EXTRA = {"01_two_stage_dynamics": dict(lens_samples=2), "02_pruning": dict(criterion="cosine", k=2, ks=[1], windows=3, window_length=16),
          "03_benchmarks": dict(methods={"LLMDrop": ["attention", "cosine"], "EntroDrop attention": ["attention", "bucket"]}, ks=[1], tasks=["piqa:validation"], limit=4),
-         "04_checkpoints_and_speed": dict(criterion="cosine", k=1, ks=[1], shapes=[[1, 16]], new_tokens=2, repeats=2),
-         "05_beyond_the_paper": dict(trial_samples=3, trial_length=30, targets={"attention": [1], "layer": [1]}, criteria=["cosine", "bucket"], proposers=["cosine", "bucket"], first=2, tries=2, sleb=1, draws=2, windows=3, window_length=16)}
+         "04_checkpoints_and_speed": dict(criterion="cosine", k=1, ks=[1], shapes=[[1, 16]], new_tokens=2, repeats=2)}
 
 def run(name, folder, out, **parameters):
     "Execute a notebook; returns what it wrote, by file name"
@@ -24,8 +23,7 @@ def run(name, folder, out, **parameters):
 @pytest.mark.parametrize("name,expected", [
     ("01_two_stage_dynamics", {"profile.json", "profile.parquet", "entropy_by_depth.svg", "entropy_increase.png", "logit_lens.svg"}),
     ("02_pruning", {"profile.json", "plan-attention-cosine-k2.json", "plans-attention-k2.svg", "perplexity-attention.png", "perplexity-attention.csv"}),
-    ("03_benchmarks", {"profile.json", "accuracy-limit4.csv", "accuracy-limit4.md", "retention-limit4.svg", "findings-limit4.md", "tasks-limit4.csv"}),
-    ("05_beyond_the_paper", {"search.csv", "search.md", "search.txt", "search-sets.csv", "search-perplexity.svg", "search-divergence.png"})])
+    ("03_benchmarks", {"profile.json", "accuracy-limit4.csv", "accuracy-limit4.md", "retention-limit4.svg", "findings-limit4.md", "tasks-limit4.csv"})])
 def test_every_run_writes_the_same_bytes(name, expected, word_folder, tmp_path):
     first, second = (run(name, word_folder, tmp_path / n) for n in "ab")
     assert expected <= set(first)
