@@ -30,7 +30,7 @@ figures: install
 
 test: check
 	ENTRODROP_FIGURES=$(CURDIR)/build/test/figures HF_HUB_OFFLINE=1 $(BIN)/nbdev_test --n_workers 1 --do_print --timing
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
 # vLLM and llama.cpp, each in an environment of its own under .serving (4 GB; llama.cpp compiles for about ten minutes), on real pruned checkpoints
 test-serving: install .serving/.installed
