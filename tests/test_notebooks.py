@@ -102,7 +102,7 @@ def test_parameter_files_name_parameters_that_exist():
 MODULES = {"lm-eval": "lm_eval", "pyyaml": "yaml"}
 # requirements that are used without being imported, by what shows their use
 INDIRECT = dict(accelerate="device_map", tabulate="to_markdown", gguf="gguf_file", pyarrow="to_parquet", jupyterlab="jupyter lab", ipykernel="jupyter execute", ipywidgets="jupyter lab",
-                nbdev="nbdev_export", execnb="nbdev_test", ghapi="nbdev_test", nbconvert="jupyter nbconvert")
+                nbdev="nbdev_export", execnb="nbdev_test", ghapi="nbdev_test", nbconvert="jupyter nbconvert") | {"pytest-xdist": "pytest -q -n 2"}
 
 def imported(source):
     "Top-level names of the modules that a piece of Python imports"
