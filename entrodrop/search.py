@@ -46,8 +46,10 @@ class Trials:
         entered = [_dry_run(model, part) for part in self.ids]
         self.calls, self.states = [calls for _, calls in entered], [[z] + [None] * len(self.layers) for z, _ in entered]
         self._compute(frozenset(), 0)
-        self.dense = [[self._log_probabilities(z) for z in states[-1]] for states in self.states] if loss == "kl" else None
-        self.passes += self.head / self.total
+        if loss == "kl":
+            self.dense, self.dense_loss = [[self._log_probabilities(z) for z in states[-1]] for states in self.states], 0.
+            self.passes += self.head / self.total
+        else: self.dense_loss = self.losses(()).mean()
 
     def _log_probabilities(self, z): return self.predict(z[None]).float().log_softmax(-1)[0]
 
@@ -121,7 +123,8 @@ class Selection:
         "The blocks of one kind among the first `k` as a plan for the profile's model; its scores are the steps at which blocks went"
         chosen = [i for t, i in self.order[:k] if t == target]
         scores = [chosen.index(i) if i in chosen else len(chosen) for i in range(profile.layers)]
-        found = dict(method=self.method, passes=float(self.record.passes.iloc[-1]))
+        until = self.record[self.record.k <= len(self.order[:k])]
+        found = dict(method=self.method, passes=float((until if len(until) else self.record).passes.iloc[-1]))
         return Plan(target, self.method, len(chosen), tuple(chosen), tuple(map(float, scores)), "none", (), None, profile.layers, profile.provenance | dict(selection=found))
 
 def candidates(profile,
@@ -144,7 +147,7 @@ def greedy(trials,     # `Trials`
           )->Selection:
     """Drop one block after another: at each step the one after which the loss is lowest. With all blocks tried at every step, and the loss of the text, this is
     SLEB (arXiv 2402.09025). Raises `ValueError` if there are fewer candidates than `k`."""
-    chosen, gains, rows, current = [], {}, [], 0.
+    chosen, gains, rows, current = [], {}, [], trials.dense_loss
     for step in tqdm(range(k), desc="greedy", unit="block"):
         left = sorted((b for b in blocks if not any(_overlap(b, c) for c in chosen)), key=lambda b: gains.get(b, math.inf))
         if not left: raise ValueError(f"k={k}, but after {step} blocks no candidate is left; give more candidates")
@@ -192,7 +195,7 @@ def evolve(trials,
            survivors=2,   # of them, judged on all of the text
            batches=1,     # of the text, on which all mutants are judged first
            start=8,       # random sets, the best of which is the first parent
-          generations=1000, # at most
+           generations=1000, # at most
           )->Selection:
     """Evolutionary search in the manner of EvoPress (arXiv 2410.14649): mutants exchange one to three dropped blocks for others (the smaller of two draws);
     all are judged on a little text, the survivors and their parent on all of it."""

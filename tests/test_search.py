@@ -98,7 +98,16 @@ def test_a_selection_becomes_a_plan_that_drops_its_blocks(llama, text):
     plan = selection.plan(profile, "attention", 2)
     with dropped(llama, plan): pruned = log_probabilities(llama, text)
     assert torch.equal(pruned, log_probabilities(llama, text, selection.order[:2]))
-    assert plan.provenance["selection"]["passes"] == selection.record.passes.iloc[-1]
+    assert plan.provenance["selection"]["passes"] == selection.record.passes[1] < selection.record.passes[2]
+
+
+def test_gains_start_from_the_dense_model(llama, text):
+    every = candidates(measure(llama, text, {}), "attention")
+    trials = Trials(llama, text, "nll")
+    assert trials.passes == pytest.approx(1) and trials.dense_loss == pytest.approx(trials.losses(()).mean())
+    rises = {b: trials.losses({b}).mean() - trials.dense_loss for b in every}
+    cost = {b: 1. + 9 * (b == max(rises, key=rises.get)) for b in every}  # per amount, another block may be best
+    assert greedy(Trials(llama, text, "nll"), every, 1, cost=cost).order[0] == min(every, key=lambda b: rises[b] / cost[b])
 
 
 def test_measured_anew_ranks_what_is_left(llama, text):
