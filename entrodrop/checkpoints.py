@@ -21,7 +21,7 @@ from . import nemotron_nas
 from .dynamics import BLOCKS, write_text
 from .layerwise import Checkpoint, safetensors_header
 from .models import PRUNED, architecture, decoder_layers, load_model, load_tokenizer
-from .pruning import DroppedBlock, Plan, _apply, _check_fits, _fields_of, _swap, _undo
+from .pruning import DroppedBlock, Plan, _apply, _apply_linear, _as_plans, _check_fits, _check_maps, _fields_of, _swap, _undo
 
 # %% ../nbs/04_checkpoints_and_speed.ipynb #b61542dc
 @dataclass(frozen=True)
@@ -31,20 +31,24 @@ class Cut:
     layers: tuple    # dropped whole
     attention: tuple # of the others, those without attention
     mlp: tuple       # of the others, those without MLP
+    linear: tuple = () # those with a linear map in the place of attention
 
     @property
     def keep(self)->list:
         "The layers that stay, in order"
         return [i for i in range(self.total) if i not in self.layers]
 
-def cut_of(plans # a `Plan`, or several for the same model
+def cut_of(plans,    # a `Plan`, or several for the same model
+           linear=(), # layers with a linear map in the place of the attention that a plan drops
           )->Cut:
-    "What plans leave out together. Raises `ValueError` for plans for different models, and if no layer is left"
-    plans = [plans] if isinstance(plans, Plan) else list(plans)
+    "What plans leave out together. Raises `ValueError` for plans for different models, for a linear map where no attention is dropped, and if no layer is left"
+    plans = _as_plans(plans)
     if len(totals := {p.layers for p in plans}) != 1: raise ValueError(f"plans for models of {sorted(totals)} layers; one checkpoint takes one or more plans for one model")
+    _check_maps(plans, linear)
     gone = {target: {i for p in plans if p.target == target for i in p.drop} for target in BLOCKS}
+    gone["attention"] -= {*linear}
     layers = gone["layer"] | gone["attention"] & gone["mlp"]
-    cut = Cut(totals.pop(), *(tuple(sorted(s)) for s in (layers, gone["attention"] - layers, gone["mlp"] - layers)))
+    cut = Cut(totals.pop(), *(tuple(sorted(s)) for s in (layers, gone["attention"] - layers, gone["mlp"] - layers, linear)))
     if not cut.keep: raise ValueError(f"these plans drop all {cut.total} layers; lower k")
     return cut
 
@@ -58,9 +62,9 @@ def choose_form(config,    # of the dense model
     "The form of a checkpoint. Raises `ValueError` for a form that cannot hold it, and for a model that has blocks left out already"
     if form not in (None, *FORMS): raise ValueError(f"unknown form {form!r}; choose {', '.join(FORMS)}")
     if config.model_type == PRUNED: raise ValueError("this model has blocks left out already; make one plan, or several, for the dense model, and save that")
-    whole, llama = not cut.attention and not cut.mlp, config.model_type in ("llama", "mistral")
+    whole, llama = not (cut.attention or cut.mlp or cut.linear), config.model_type in ("llama", "mistral")
     form = form or ("plain" if whole else "nemotron-nas" if llama else "entrodrop")
-    if form == "plain" and not whole: raise ValueError(f"a plain {config.model_type} cannot lack attention of layers {list(cut.attention)} and MLP of layers {list(cut.mlp)}; choose another form, or none")
+    if form == "plain" and not whole: raise ValueError(f"a plain {config.model_type} cannot lack attention of layers {sorted({*cut.attention, *cut.linear})} and MLP of layers {list(cut.mlp)}; choose another form, or none")
     if form == "nemotron-nas" and not llama: raise ValueError(f"the form nemotron-nas holds Llama and Mistral, not {config.model_type}; choose form='entrodrop'")
     if form == "nemotron-nas" and (window := getattr(config, "sliding_window", None)) is not None:
         raise ValueError(f"the form nemotron-nas has no sliding window, and this model's is {window} tokens: choose form='entrodrop', or, for texts that are never longer, set model.config.sliding_window = None before saving")
@@ -74,7 +78,7 @@ def _block_configs(config, cut, silenced):
     "What each layer that stays has"
     heads, size = config.num_attention_heads // config.num_key_value_heads, config.intermediate_size
     multiple = dict(ffn_mult=3 * size / (2 * config.hidden_size)) if size % 256 == 0 else {}  # vLLM and llama.cpp round what they compute from it to such sizes
-    return [dict(attention=dict(no_op=(gone := i in cut.attention and i not in silenced), n_heads_in_group=None if gone else heads, replace_with_linear=False),
+    return [dict(attention=dict(no_op=(gone := i in cut.attention and i not in silenced), n_heads_in_group=None if gone or i in cut.linear else heads, replace_with_linear=i in cut.linear),
                  ffn=dict(no_op=True, intermediate_size=None) if i in cut.mlp else dict(no_op=False, intermediate_size=size, **multiple)) for i in cut.keep]
 
 def _write_config(config, cut, form, folder):
@@ -92,7 +96,7 @@ def _write_config(config, cut, form, folder):
     if form == "entrodrop":
         number = {layer: i for i, layer in enumerate(cut.keep)}
         skip = {str(number[i]): dict(skip=[b for b in ("attention", "mlp") if i in getattr(cut, b)]) for i in sorted({*cut.attention, *cut.mlp})}
-        fields |= dict(model_type=f"entrodrop-{config.model_type}", per_layer_config=skip)
+        fields |= dict(model_type=f"entrodrop-{config.model_type}", per_layer_config=skip) | (dict(linear_attention=[number[i] for i in cut.linear]) if cut.linear else {})
     write_text(folder / "config.json", json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 # %% ../nbs/04_checkpoints_and_speed.ipynb #15d9b72c
@@ -101,34 +105,47 @@ def _silence(changes, layer, arch):
     projection = getattr(layer, arch.attention).o_proj
     for name, p in projection.named_parameters(): _swap(changes, projection, name, nn.Parameter(torch.zeros_like(p), requires_grad=p.requires_grad))
 
-def _save_live(model, cut, silenced, folder, max_shard_size):
+def _save_live(model, cut, maps, silenced, folder, max_shard_size):
     "Let a model write its weights while blocks are dropped"
     changes = []
     try:
+        changes += _apply_linear(model, maps)
         for i in silenced: _silence(changes, decoder_layers(model)[i], architecture(model))
         for target, gone in (("attention", {*cut.attention} - {*silenced}), ("mlp", cut.mlp), ("layer", cut.layers)): changes += _apply(model, target, sorted(gone))
         PreTrainedModel.save_pretrained(model, folder, max_shard_size=max_shard_size)
     finally: _undo(changes)
 
+def _numbered(key, part, number): return re.sub(rf"(^|\.){part}\.", rf"\g<1>{number[part]}.", key, count=1)
+
+def _mapped(checkpoint, cut, maps):
+    "The tensors of linear maps by the names that they get on disk, in the dtype of what they replace"
+    arch, number, tensors = checkpoint.arch, {layer: i for i, layer in enumerate(cut.keep)}, {}
+    for i, weight in maps.items():
+        key, path = next((k, p) for k, p in checkpoint.parts[i].items() if checkpoint.targets[k].startswith(f"{arch.layers}.{i}.{arch.attention}."))
+        with safe_open(path, "pt") as file: dtype = file.get_tensor(key).dtype
+        before = key[:key.index(f".{arch.attention}.")]
+        tensors[_numbered(f"{before}.{arch.attention}.linear_attn.weight", i, number)] = weight.to("cpu", dtype).contiguous()
+    return tensors
+
 def _renamed(checkpoint, cut, silenced):
     "For each tensor that stays: name on disk, its file, new name, bytes, and whether it is to be zero"
     arch, number, tensors = checkpoint.arch, {layer: i for i, layer in enumerate(cut.keep)}, []
     gone = [f"{arch.layers}.{i}.{module}." for kind, own in (("attention", (arch.attention, *arch.attention_only)), ("mlp", (arch.mlp, *arch.mlp_only)))
-            for i in getattr(cut, kind) if not (kind == "attention" and i in silenced) for module in own]
+            for i in getattr(cut, kind) if not (kind == "attention" and i in silenced) for module in own] + [f"{arch.layers}.{i}.{arch.attention}." for i in cut.linear]
     zero = [f"{arch.layers}.{i}.{arch.attention}.o_proj." for i in silenced]
     for part, files in checkpoint.parts.items():
         if part in cut.layers: continue
         for key, path in files.items():
             name = checkpoint.targets[key]
             if name.startswith(tuple(gone)): continue
-            new = key if not isinstance(part, int) else re.sub(rf"(^|\.){part}\.", rf"\g<1>{number[part]}.", key, count=1)
+            new = key if not isinstance(part, int) else _numbered(key, part, number)
             tensors.append((key, path, new, checkpoint.sizes[key], name.startswith(tuple(zero))))
     return tensors
 
-def _copy(checkpoint, cut, silenced, folder, max_shard_size):
+def _copy(checkpoint, cut, maps, silenced, folder, max_shard_size):
     "Copy the tensors that stay, one output file after another"
-    shards, size = [[]], 0
-    for tensor in _renamed(checkpoint, cut, silenced):
+    shards, size, added = [[]], 0, _mapped(checkpoint, cut, maps)
+    for tensor in [*_renamed(checkpoint, cut, silenced), *((None, None, name, t.nbytes, False) for name, t in added.items())]:
         if shards[-1] and size + tensor[3] > max_shard_size: shards, size = [*shards, []], 0
         shards[-1].append(tensor)
         size += tensor[3]
@@ -136,7 +153,7 @@ def _copy(checkpoint, cut, silenced, folder, max_shard_size):
     with ExitStack() as stack:
         files = {path: stack.enter_context(safe_open(path, "pt")) for path in checkpoint.files}
         for name, shard in zip(tqdm(names, desc="writing", unit="file", disable=len(names) == 1 or None), shards):
-            save_file({new: torch.zeros_like(t) if zero else t for key, path, new, _, zero in shard for t in [files[path].get_tensor(key)]}, folder / name, metadata=dict(format="pt"))
+            save_file({new: torch.zeros_like(t) if zero else t for key, path, new, _, zero in shard for t in [added[new] if key is None else files[path].get_tensor(key)]}, folder / name, metadata=dict(format="pt"))
     if len(names) > 1:
         index = dict(metadata=dict(total_size=sum(t[3] for shard in shards for t in shard)), weight_map={t[2]: name for name, shard in zip(names, shards) for t in shard})
         write_text(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -179,25 +196,29 @@ def model_card(plans,   # list of `Plan`
                folder,  # its name
                parameters, # how many the checkpoint has
                rows=(), # evaluations: dicts with task, metric, value, stderr, n
+               linear=(), # layers with a linear map in the place of attention
               )->str:
     "README.md of a checkpoint"
-    source, text, cut = plans[0].provenance.get("model", {}), plans[0].provenance.get("text", {}), cut_of(plans)
+    source, text, cut = plans[0].provenance.get("model", {}), plans[0].provenance.get("text", {}), cut_of(plans, linear)
     name, base = source.get("name"), source.get("parameters")
     silenced = _silenced(cut, form)
     front = ["library_name: transformers", *([f"base_model: {name}"] if name and name.count("/") == 1 and not Path(name).exists() else []), "tags:", "- entrodrop", "- pruned"]
     lines = ["---", *front, "---", "", f"# {folder}", "",
              f"{name or 'A model'} of {cut.total} layers ({source.get('model_type', 'unknown kind')}), pruned without training by [entropy-based block pruning](https://arxiv.org/abs/2504.03794).", "",
              f"- layers dropped whole: {_layers(cut.layers)}", f"- attention dropped in layers: {_layers(cut.attention)}", f"- MLP dropped in layers: {_layers(cut.mlp)}",
+             *([f"- attention replaced by a linear map in layers: {_layers(cut.linear)}"] if cut.linear else []),
              f"- parameters: {parameters:,}" + (f" of {base:,}" if base else ""),
-             f"- key-value cache: {len(cut.keep) - len(cut.attention) + len(silenced)} of {cut.total} layers"]
+             f"- key-value cache: {len(cut.keep) - len(cut.attention) - len(cut.linear) + len(silenced)} of {cut.total} layers"]
     if cut.layers or silenced: lines += ["", "Layer numbers are those of the base model; in this folder the layers that stay are numbered anew."]
     if silenced: lines += [f"Attention of layer {silenced[0]} is dropped by zeros in its output projection: engines need the first layer to have one."]
     lines += ["", "## How the blocks were chosen", ""]
     lines += [f"- {p.k} × {p.target} by {p.criterion}, protection {p.protection} (layers {_layers(p.protected)})" for p in plans]
+    lines += [f"- found by {found['method']}, {found['passes']:.1f} passes over the text of its trials" for p in plans if (found := p.provenance.get("selection"))][:1]
+    lines += ["- then trained: " + ", ".join(f"{n} {v}" for n, v in healing.items()) for p in plans if (healing := p.provenance.get("healing"))][:1]
     if text: lines += ["- calibration: " + ", ".join(f"{n} {v}" for n, v in text.items() if v is not None and not isinstance(v, (dict, list)))]
     lines += ["- the whole record is in " + ", ".join(f"`{n}`" for n in _plan_files(plans))]
     if len(rows): lines += ["", "## What it scores", "", _table(rows, ["task", "metric", "value", "stderr", "n"])]
-    lines += ["", "## How to load it", "", LOADING[form].format(folder=folder), "", "The licence of the base model applies."]
+    lines += ["", "## How to load it", "", LOADING[form].format(folder=folder), *(["", "vLLM's class has no linear maps in the place of attention, and stops with an error."] if cut.linear and form == "nemotron-nas" else []), "", "The licence of the base model applies."]
     return "\n".join(lines) + "\n"
 
 def _plan_files(plans):
@@ -223,6 +244,7 @@ def save(model,       # a dense model in memory, or what names one: a folder, a 
          plans,       # a `Plan`, or several for the same model
          folder,      # to be written; must not exist
          form=None,   # one of `FORMS`; None: the one that most engines load
+         maps=None,   # `{layer: weight (hidden, hidden)}`, linear maps in the place of attention that a plan drops
          tokenizer=None, # of a model in memory, to be written beside it; a model on disk has its own
          rows=(),     # evaluations to show in the card: dicts with task, metric, value, stderr, n
          revision=None, # branch, tag or commit of a Hub id
@@ -232,17 +254,18 @@ def save(model,       # a dense model in memory, or what names one: a folder, a 
     """Write a pruned checkpoint: weights, config, tokenizer, plan and card.
 
     Raises `FileExistsError` if the folder exists, `ValueError` for a plan for another model, for a form that cannot hold it,
-    and for a model that has blocks dropped already."""
-    folder, plans = Path(folder), [plans] if isinstance(plans, Plan) else list(plans)
+    for linear maps that do not fit, and for a model that has blocks dropped already."""
+    folder, plans, maps = Path(folder), _as_plans(plans), dict(sorted((maps or {}).items()))
     if folder.exists(): raise FileExistsError(f"{folder} exists; choose another folder, or remove it")
-    cut, live, source = cut_of(plans), isinstance(model, nn.Module), model
+    cut, live, source = cut_of(plans, maps), isinstance(model, nn.Module), model
     if not live and Path(model).suffix == ".gguf": live, model = True, load_model(model, plans[0].provenance.get("model", {}).get("dtype"), "cpu")
     if live: disk = None
     else: disk = Checkpoint(model, plans[0].provenance.get("model", {}).get("dtype"), "cpu", revision)
     config = model.config if live else AutoConfig.from_pretrained(disk.folder)
     form = choose_form(config, cut, form)
-    if live and any(isinstance(m, DroppedBlock) for m in model.modules()): raise ValueError("this model has blocks dropped already; save takes the dense model, or its name, and drops what the plan says")
+    if live and any(isinstance(m, (DroppedBlock, nemotron_nas.LinearAttention)) for m in model.modules()): raise ValueError("this model has blocks dropped already; save takes the dense model, or its name, and drops what the plan says")
     for p in plans: _check_fits(model if live else disk.model, p, strict and live)
+    if maps: _undo(_apply_linear(model if live else disk.model, maps))  # raises where they do not fit
     if not live and strict: _check_weights(disk, plans)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -250,16 +273,16 @@ def save(model,       # a dense model in memory, or what names one: a folder, a 
         if live:
             config = copy.deepcopy(config)
             config.dtype, config.architectures = model.dtype, [type(model).__name__]
-            _save_live(model, cut, _silenced(cut, form), temporary, max_shard_size)
+            _save_live(model, cut, maps, _silenced(cut, form), temporary, max_shard_size)
             if tokenizer is not None: tokenizer.save_pretrained(temporary)
             elif model is not source: load_tokenizer(source).save_pretrained(temporary)
         else:
-            _copy(disk, cut, _silenced(cut, form), temporary, max_shard_size)
+            _copy(disk, cut, maps, _silenced(cut, form), temporary, max_shard_size)
             for path in sorted({p for pattern in BESIDE for p in disk.folder.glob(pattern) if p.is_file()}): shutil.copy(path, temporary / path.name)
         _write_config(config, cut, form, temporary)
         for name, p in _plan_files(plans).items(): p.save(temporary / name)
         parameters = sum(torch.Size(t["shape"]).numel() for path in temporary.glob("*.safetensors") for t in safetensors_header(path).values())
-        write_text(temporary / "README.md", model_card(plans, form, folder.name, parameters, rows))
+        write_text(temporary / "README.md", model_card(plans, form, folder.name, parameters, rows, cut.linear))
         temporary.chmod(0o777 & ~_umask())
         temporary.rename(folder)
     finally: shutil.rmtree(temporary, ignore_errors=True)

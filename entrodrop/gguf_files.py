@@ -18,7 +18,7 @@ from .layerwise import checkpoint_files
 from .models import PRUNED
 
 # %% ../nbs/api/gguf_files.ipynb #366b25b9
-NAMES = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+NAMES = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.linear_attn": "attn_output",
          "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
          "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 NARROW = 32  # width of an MLP of zeros: one block of the coarsest quantisation
@@ -41,7 +41,8 @@ def _layout(config):
     "Heads, key-value heads and MLP width of every layer, 0 where a block is absent"
     blocks = getattr(config, "block_configs", None) or [None] * config.num_hidden_layers
     heads = [0 if b and b.attention.no_op else config.num_attention_heads for b in blocks]
-    return heads, [config.num_key_value_heads if h else 0 for h in heads], [0 if b and b.ffn.no_op else config.intermediate_size for b in blocks]
+    linear = [bool(b and b.attention.get("replace_with_linear")) for b in blocks]
+    return heads, [config.num_key_value_heads if h and not l else 0 for h, l in zip(heads, linear)], [0 if b and b.ffn.no_op else config.intermediate_size for b in blocks]
 
 def rope_factors(config # of a model with Llama-3's stretched frequencies
                 )->np.ndarray: # `(head_dim / 2,)`

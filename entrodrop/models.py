@@ -18,7 +18,7 @@ import platformdirs, psutil, torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from .nemotron_nas import DeciLMConfig, DeciLMForCausalLM
+from .nemotron_nas import DeciLMConfig, DeciLMForCausalLM, LinearAttention
 
 # %% ../nbs/api/models.ipynb #b0a613a7
 def _names(default, meaning): return field(default=default, metadata=dict(meaning=meaning))
@@ -157,12 +157,13 @@ def _config(name, where, revision):
 
 def _partial_model(fields):
     "Config and class of a model of which config.json says, in `per_layer_config`, what is left out"
-    left_out = {int(i): layer["skip"] for i, layer in fields["per_layer_config"].items()}
-    config = AutoConfig.for_model(**{n: v for n, v in fields.items() if n != "per_layer_config"} | dict(model_type=fields["model_type"].removeprefix(PARTIAL)))
+    left_out, linear = {int(i): layer["skip"] for i, layer in fields["per_layer_config"].items()}, fields.get("linear_attention", [])
+    config = AutoConfig.for_model(**{n: v for n, v in fields.items() if n not in ("per_layer_config", "linear_attention")} | dict(model_type=fields["model_type"].removeprefix(PARTIAL)))
     base = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     def __init__(self, config, *args, **kwargs):
         from entrodrop.pruning import _apply
         base.__init__(self, config, *args, **kwargs)
+        for i in linear: setattr(decoder_layers(self)[i], architecture(self).attention, LinearAttention(decoder_config(self).hidden_size))
         for target in ("attention", "mlp"): _apply(self, target, [i for i, blocks in left_out.items() if target in blocks])
     return config, type(base.__name__, (base,), dict(__init__=__init__, __module__=base.__module__))
 

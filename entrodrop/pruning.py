@@ -6,7 +6,7 @@
 __all__ = ['PROTECTIONS', 'protected_layers', 'Plan', 'plan', 'DroppedBlock', 'dropped', 'drop']
 
 # %% ../nbs/02_pruning.ipynb #bc698d7e
-import inspect, json
+import inspect, json, torch
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import nn
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from .dynamics import BLOCKS, expansion_start, write_text
 from .models import architecture, decoder_config, decoder_layers, fingerprint
+from .nemotron_nas import LinearAttention
 
 # %% ../nbs/02_pruning.ipynb #c0b3ab2d
 PROTECTIONS = ("stage1", "released", "none")
@@ -154,6 +155,34 @@ def _apply(model, target, drop):
     _number_slots(changes, config, [getattr(layer, arch.attention) for layer in decoder_layers(model)])
     return changes
 
+def _apply_linear(model, maps):
+    "Put linear maps `{layer: weight (hidden, hidden)}` of its normed input in the place of attention; returns the changes"
+    arch, layers, changes, hidden = architecture(model), decoder_layers(model), [], decoder_config(model).hidden_size
+    if wrong := [i for i, weight in maps.items() if i not in range(len(layers)) or weight.shape != (hidden, hidden)]:
+        raise ValueError(f"linear maps of layers {wrong} do not fit: the model has layers 0 to {len(layers) - 1}, and a map must have shape {(hidden, hidden)}")
+    maybe_install_capturing_hooks(model.base_model)
+    for i, weight in maps.items():
+        with torch.device("meta"): block = LinearAttention(hidden)
+        block.linear_attn.weight = nn.Parameter(weight.to(next(getattr(layers[i], arch.attention).parameters())), requires_grad=False)
+        _swap(changes, layers[i], arch.attention, block)
+    if maps: _swap(changes, model, "save_pretrained", _refuse_to_save)
+    _number_slots(changes, decoder_config(model), [getattr(layer, arch.attention) for layer in layers])
+    return changes
+
+def _apply_all(model, plans, maps):
+    "Drop the blocks of several plans, whole layers last, so that layers keep their numbers until then; returns the changes"
+    changes = _apply_linear(model, maps)
+    for target in BLOCKS:
+        if of := [p for p in plans if p.target == target]: changes += _apply(model, target, sorted({i for p in of for i in p.drop} - ({*maps} if target == "attention" else {*()})))
+    return changes
+
+def _as_plans(plans): return [plans] if isinstance(plans, Plan) else list(plans)
+
+def _check_maps(plans, maps):
+    "Raise `ValueError` for a linear map where no plan drops the attention, or one drops the layer"
+    gone = {target: {i for p in plans if p.target == target for i in p.drop} for target in BLOCKS}
+    if wrong := sorted({*maps} - (gone["attention"] - gone["layer"])): raise ValueError(f"linear maps for layers {wrong}, whose attention no plan drops, or which go whole")
+
 def _undo(changes):
     for owner, name, value in reversed(changes):
         if inspect.ismethod(value): delattr(owner, name)  # uncovers the method of the class
@@ -172,20 +201,26 @@ def _check_fits(model, plan, strict):
 # %% ../nbs/02_pruning.ipynb #813ffbb1
 @contextmanager
 def dropped(model,       # a supported decoder
-            plan,        # a `Plan`
-            strict=True, # insist on the weights that the plan was made for, not only on their shape
+            plans,       # a `Plan`, or several for the same model
+            strict=True, # insist on the weights that a plan was made for, not only on their shape
+            maps=None,   # `{layer: weight (hidden, hidden)}`, linear maps in the place of attention that a plan drops
            ):            # yields the model
-    "While active, the blocks of the plan are dropped; afterwards the model is exactly what it was. Raises `ValueError` for a plan for another model"
-    _check_fits(model, plan, strict)
-    changes = _apply(model, plan.target, plan.drop)
+    "While active, the blocks of the plans are dropped; afterwards the model is exactly what it was. Raises `ValueError` for a plan for another model, and for maps that do not fit"
+    changes = _drop(model, plans, strict, maps)
     try: yield model
     finally: _undo(changes)
 
+def _drop(model, plans, strict, maps):
+    "Check and apply; returns the changes"
+    for p in _as_plans(plans): _check_fits(model, p, strict)
+    _check_maps(_as_plans(plans), maps or {})
+    return _apply_all(model, _as_plans(plans), maps or {})
+
 def drop(model,       # a supported decoder
-         plan,        # a `Plan`
-         strict=True, # insist on the weights that the plan was made for, not only on their shape
+         plans,       # a `Plan`, or several for the same model
+         strict=True, # insist on the weights that a plan was made for, not only on their shape
+         maps=None,   # `{layer: weight (hidden, hidden)}`, linear maps in the place of attention that a plan drops
         ):            # the same model
-    "Drop the blocks of a plan for good, and let go of their weights. Raises `ValueError` for a plan for another model"
-    _check_fits(model, plan, strict)
-    _apply(model, plan.target, plan.drop)
+    "Drop the blocks of plans for good, and let go of their weights. Raises `ValueError` for a plan for another model, and for maps that do not fit"
+    _drop(model, plans, strict, maps)
     return model

@@ -69,6 +69,35 @@ def test_folder_says_what_the_live_model_says_from_memory_and_from_disk(named, p
         assert torch.equal(loaded.generate(**text), loaded.generate(**text, use_cache=False))
 
 
+MAPPED = dict(attention=([by_hand("attention", (1, 3))], (1, 3)), first=([by_hand("attention", (0, 3))], (0,)), beside_no_mlp=([by_hand("attention", (1, 2)), by_hand("mlp", (1,)), by_hand("layer", (0,))], (1,)))
+
+@pytest.mark.parametrize("plans,mapped", MAPPED.values(), ids=list(MAPPED))
+def test_linear_maps_in_the_place_of_attention_are_saved_and_loaded(named, plans, mapped, ids, tmp_path):
+    name, model, dense = named
+    form = "entrodrop" if name == "mistral" else None  # its window
+    maps = {i: torch.randn(64, 64, generator=torch.Generator().manual_seed(i)) / 16 for i in mapped}
+    with dropped(model, plans, strict=False, maps=maps): expected = logits(model, ids)
+    with dropped(model, plans, strict=False): assert not torch.equal(logits(model, ids), expected)
+    before = fingerprint(model)
+    memory, disk = (save(source, plans, tmp_path / label, form=form, maps=maps) for label, source in (("memory", model), ("disk", dense)))
+    assert fingerprint(model) == before and contents(memory) == contents(disk)
+    loaded = load_model(disk, device="cpu")
+    assert torch.equal(logits(loaded, ids), expected)
+    assert f"attention replaced by a linear map in layers: {', '.join(map(str, mapped))}" in (disk / "README.md").read_text()
+    with torch.inference_mode():
+        text = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
+        assert torch.equal(loaded.generate(**text), loaded.generate(**text, use_cache=False))
+    if form is None and name == "llama": assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(disk, trust_remote_code=True), ids), expected)
+
+
+def test_maps_that_do_not_fit_are_refused_before_anything_is_written(llama, tmp_path):
+    plan, square = by_hand("attention", (1,)), torch.zeros(64, 64)
+    for maps, message in (({2: square}, "layers \\[2\\], whose attention no plan drops"), ({1: torch.zeros(64, 32)}, "must have shape \\(64, 64\\)")):
+        with pytest.raises(ValueError, match=message): save(llama, plan, tmp_path / "never", maps=maps)
+    with dropped(llama, plan, maps={1: square}), pytest.raises(ValueError, match="blocks dropped already"): save(llama, by_hand("attention", (2,)), tmp_path / "never")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture(scope="module")
 def llama_folder(tmp_path_factory):
     "A Llama that lacks its second attention and another layer's MLP, as a folder; the dense model, and the plans"

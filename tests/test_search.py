@@ -1,13 +1,18 @@
 """Searching for sets of blocks, on a random decoder of every supported class: kept states change the cost of a trial and never its result."""
+import copy
+
 import numpy as np
 import pytest
 import torch
 from conftest import DECODERS, make_decoder
+from test_architectures import by_hand
 
 from entrodrop.dynamics import measure
 from entrodrop.estimators import bucket_entropy
-from entrodrop.pruning import _apply, _undo, dropped
-from entrodrop.search import Trials, candidates, evolve, exchange, greedy, iterative, linearised
+from entrodrop.models import decoder_layers, fingerprint
+from entrodrop.pruning import _apply, _undo, drop, dropped
+from entrodrop.speed import account, savings
+from entrodrop.search import Trials, candidates, change_point, distil, distilled, evolve, exchange, fit_linear, greedy, iterative
 
 SETS = [{("attention", 1), ("mlp", 3)}, {("layer", 2), ("attention", 0)}, {("mlp", 4)}, {("attention", 1), ("attention", 4)}, {("layer", 0), ("layer", 4)}]
 
@@ -57,8 +62,10 @@ def test_a_trial_costs_the_layers_from_the_first_difference_on(model, text):
 
 
 def test_linear_maps_leave_no_trace_and_cached_generation_agrees(model, text):
-    before = log_probabilities(model, text)
-    with linearised(model, [0, 2, 3], text):
+    before, plan = log_probabilities(model, text), by_hand("attention", (0, 1, 2, 3))
+    maps = fit_linear(model, [0, 2, 3], text)
+    assert torch.equal(log_probabilities(model, text), before)
+    with dropped(model, plan, strict=False, maps=maps):
         assert not torch.equal(log_probabilities(model, text), before)
         kept, fresh = (model.generate(text[:1, :12], max_new_tokens=8, do_sample=False, use_cache=c) for c in (True, False))
         assert torch.equal(kept, fresh)
@@ -66,18 +73,106 @@ def test_linear_maps_leave_no_trace_and_cached_generation_agrees(model, text):
 
 
 def test_a_linear_map_is_nearer_than_nothing(llama, text):
-    profile, trials = measure(llama, text, {}), Trials(llama, text)
-    p = candidates(profile, "attention")[2:3]
-    with linearised(llama, [p[0][1]], text): mapped = log_probabilities(llama, text)
+    plan = by_hand("attention", (2,))
     dense = log_probabilities(llama, text)
-    assert (dense.exp() * (dense - mapped)).sum(-1).mean() < trials.losses(p).mean()
+    with dropped(llama, plan): nothing = log_probabilities(llama, text)
+    with dropped(llama, plan, maps=fit_linear(llama, [2], text)): mapped = log_probabilities(llama, text)
+    nothing, mapped = ((dense.exp() * (dense - q)).sum(-1).mean() for q in (nothing, mapped))
+    assert mapped < nothing
+
+
+def test_the_map_is_what_least_squares_on_the_replaced_stream_gives(llama, text):
+    maps, seen = fit_linear(llama, [1, 3], text, batch_size=2, ridges=[1e-6]), []
+    with dropped(llama, by_hand("attention", (1,)), maps={1: maps[1]}), torch.inference_mode():  # the second map is fitted to what the first passes on
+        hook = llama.model.layers[3].self_attn.register_forward_hook(lambda m, args, kwargs, out: seen.append((kwargs["hidden_states"].flatten(0, 1), out[0].flatten(0, 1))), with_kwargs=True)
+        llama(text, use_cache=False)
+        hook.remove()
+    x, y = seen[0]
+    expected = np.linalg.lstsq(x.double().numpy(), y.double().numpy(), rcond=None)[0].T
+    np.testing.assert_allclose(maps[3].numpy(), expected, rtol=.02, atol=.02)
+
+
+def test_adapters_learn_and_leave_no_trace(model, text):
+    before, plans, asked = log_probabilities(model, text), [by_hand("attention", (1, 3)), by_hand("mlp", (2,))], [p.requires_grad for p in model.parameters()]
+    modules, given = {n: (type(m), set(vars(m))) for n, m in model.named_modules()}, torch.random.get_rng_state()
+    maps = fit_linear(model, [3], text)
+    with distilled(model, plans, text, maps, steps=30, batch_size=3, learning_rate=5e-3, strict=False) as losses: healed = log_probabilities(model, text)
+    with dropped(model, plans, strict=False, maps=maps): ill = log_probabilities(model, text)
+    assert len(losses) == 30 and np.isfinite(losses).all()
+    nearer, farther = ((before.exp() * (before - q)).sum(-1).mean() for q in (healed, ill))
+    assert nearer < .9 * farther
+    assert torch.equal(log_probabilities(model, text), before) and [p.requires_grad for p in model.parameters()] == asked
+    assert {n: (type(m), set(vars(m))) for n, m in model.named_modules()} == modules and torch.equal(torch.random.get_rng_state(), given)
+
+
+def test_what_was_learnt_stays_in_the_weights_and_plans_fit_them(llama, text):
+    model, plans = copy.deepcopy(llama), [by_hand("attention", (1, 3)), by_hand("layer", (0,))]
+    maps = fit_linear(model, [3], text)
+    old = maps[3].clone()
+    with distilled(model, plans, text, maps, steps=5, batch_size=2) as losses: healed = log_probabilities(model, text)
+    assert torch.equal(maps[3], old)
+    new = distil(model, plans, text, maps, steps=5, batch_size=2)
+    assert new[0].provenance["healing"]["last_loss"] == pytest.approx(losses[-1], rel=1e-4) and not torch.equal(maps[3], old)
+    assert fingerprint(model) != fingerprint(llama)
+    torch.testing.assert_close(log_probabilities(drop(model, new, maps=maps), text), healed, rtol=1e-3, atol=1e-3)
+
+
+def test_adapters_do_not_outlive_a_failure(llama, text, monkeypatch):
+    before, count = log_probabilities(llama, text), len(list(llama.modules()))
+    monkeypatch.setattr("entrodrop.search.F.kl_div", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError), distilled(llama, by_hand("attention", (1,)), text, steps=1): pass
+    assert torch.equal(log_probabilities(llama, text), before) and len(list(llama.modules())) == count
+
+
+def test_savings_are_what_dropping_saves(model):
+    table, dense = savings(model, 24), account(model, 1, 24)
+    for target in ("attention", "mlp", "layer"):
+        for i in (0, 3):
+            with dropped(model, by_hand(target, (i,)), strict=False): less = account(model, 1, 24)
+            row = table.loc[target, i]
+            assert row.parameters == dense["parameters"] - less["parameters"]
+            assert row.flops * 24 == pytest.approx(dense["prefill_flops"] - less["prefill_flops"], rel=.02)
+            if not getattr(model.config.get_text_config(), "sliding_window", None): assert row.kv_bytes * 24 == pytest.approx(dense["kv_bytes"] - less["kv_bytes"])
+
+
+def test_a_budget_is_met_and_no_block_too_many(llama, text):
+    profile, cost = measure(llama, text, {}), savings(llama, 24)
+    every = [b for target in ("attention", "mlp", "layer") for b in candidates(profile, target)]
+    for kind in cost:
+        costs, budget = cost[kind].to_dict(), .3 * sum(cost[kind]["layer", i] for i in range(5))
+        found = greedy(Trials(llama, text), every, cost=costs, budget=budget)
+        assert sum(costs[b] for b in found.order) >= budget > sum(costs[b] for b in found.order[:-1])
+        assert kind != "kv_bytes" or not any(t == "mlp" for t, _ in found.order)
+        with dropped(llama, found.plans(profile)): pruned = log_probabilities(llama, text)
+        torch.testing.assert_close(pruned, log_probabilities(llama, text, found.order))
+
+
+def test_racing_judges_fewer_on_all_of_the_text(llama, text):
+    every = candidates(measure(llama, text, {}), "attention")
+    judged = []
+    trials = Trials(llama, text, batch_size=2)
+    losses = trials.losses
+    trials.losses = lambda blocks, batches=None: judged.append(batches) or losses(blocks, batches)
+    raced, full = greedy(trials, every, 2, finalists=2), greedy(Trials(llama, text, batch_size=2), every, 2)
+    assert judged == [1] * 5 + [None] * 2 + [1] * 4 + [None] * 2 and raced.record.passes.iloc[-1] < full.record.passes.iloc[-1]
+
+
+def test_a_change_point_is_found_beside_outliers_and_not_invented():
+    rng = np.random.default_rng(3)
+    stages = np.where(np.arange(32) < 20, -2., 1.) + .3 * rng.standard_normal((8, 32))
+    stages[:, 5] = -1e4
+    found = change_point(stages)
+    assert found.start == 20 and found.low <= 20 <= found.high and found.p < 1e-3
+    flat = [change_point(rng.standard_normal((1, 32))).p for _ in range(200)]
+    assert np.mean(np.array(flat) < .05) < .08  # a test of size 0.05
+    with pytest.raises(ValueError, match="not finite"): change_point(stages * np.inf)
 
 
 def test_a_killed_search_leaves_the_model_whole(llama, text, monkeypatch):
     before, trials = log_probabilities(llama, text), Trials(llama, text)
     monkeypatch.setattr(trials, "_log_probabilities", lambda z: 1 / 0)
     with pytest.raises(ZeroDivisionError): greedy(trials, [("attention", 1), ("attention", 2)], 2)
-    with pytest.raises(ZeroDivisionError), linearised(llama, [1], text): 1 / 0
+    with pytest.raises(ZeroDivisionError), dropped(llama, by_hand("attention", (1,)), maps=fit_linear(llama, [1], text)): 1 / 0
     assert torch.equal(log_probabilities(llama, text), before)
 
 
@@ -87,7 +182,7 @@ def test_searches_find_what_exhaustive_search_finds(llama, text):
     pairs = {frozenset((a, b)): trials.losses((a, b)).mean() for a in every for b in every if a < b}
     best = min(pairs, key=pairs.get)
     assert frozenset(evolve(Trials(llama, text, batch_size=2), every, 2, 1000, generations=40).order) == best
-    found = exchange(Trials(llama, text), greedy(Trials(llama, text), every, 2), every, 2, tries=5, rounds=5)
+    found = exchange(Trials(llama, text), [greedy(Trials(llama, text), every, 2).order], every, tries=5, rounds=5)
     assert found.record.loss.iloc[0] == pytest.approx(pairs[frozenset(found.order)], rel=1e-4)
     assert pairs[frozenset(found.order)] <= sorted(pairs.values())[2]  # a local optimum, of ten
 
@@ -104,8 +199,8 @@ def test_a_selection_becomes_a_plan_that_drops_its_blocks(llama, text):
 def test_gains_start_from_the_dense_model(llama, text):
     every = candidates(measure(llama, text, {}), "attention")
     trials = Trials(llama, text, "nll")
-    assert trials.passes == pytest.approx(1) and trials.dense_loss == pytest.approx(trials.losses(()).mean())
-    rises = {b: trials.losses({b}).mean() - trials.dense_loss for b in every}
+    assert trials.passes == pytest.approx(1) and trials.dense_losses.mean() == pytest.approx(trials.losses(()).mean())
+    rises = {b: trials.losses({b}).mean() - trials.dense_losses.mean() for b in every}
     cost = {b: 1. + 9 * (b == max(rises, key=rises.get)) for b in every}  # per amount, another block may be best
     assert greedy(Trials(llama, text, "nll"), every, 1, cost=cost).order[0] == min(every, key=lambda b: rises[b] / cost[b])
 
@@ -122,6 +217,11 @@ def test_measured_anew_ranks_what_is_left(llama, text):
 
 @pytest.mark.parametrize("call,message", [
     (lambda m, t: Trials(m, t[0]), "must have shape"), (lambda m, t: Trials(m, t[:, :1], "nll"), "must have shape"), (lambda m, t: Trials(m, t, "ppl"), "unknown loss 'ppl'; choose kl or nll"),
-    (lambda m, t: greedy(Trials(m, t), [("attention", 0), ("layer", 0)], 2), "after 1 blocks no candidate is left")])
+    (lambda m, t: greedy(Trials(m, t), [("attention", 0), ("layer", 0)], 2), "after 1 blocks no candidate is left"), (lambda m, t: greedy(Trials(m, t), [("attention", 0)]), "either k, or a budget"),
+    (lambda m, t: greedy(Trials(m, t), [("attention", 0)], cost={("attention", 0): 3}, budget=4), "budget=4, but after 1 blocks, which save 3, no candidate"),
+    (lambda m, t: exchange(Trials(m, t), [], [("attention", 0)]), "sets of one size, got none"), (lambda m, t: fit_linear(m, [7], t), "no layers \\[7\\]"),
+    (lambda m, t: dropped(m, by_hand("attention", (1,)), maps={2: torch.zeros(64, 64)}).__enter__(), "linear maps for layers \\[2\\], whose attention no plan drops"),
+    (lambda m, t: dropped(m, by_hand("attention", (1,)), maps={1: torch.zeros(64, 32)}).__enter__(), "must have shape \\(64, 64\\)"),
+    (lambda m, t: distilled(m, by_hand("attention", (1,)), t[0]).__enter__(), "must have shape"), (lambda m, t: distilled(m, by_hand("attention", (1,)), t, steps=0).__enter__(), "steps=0: must be at least 1")])
 def test_bad_input(call, message, llama, text):
     with pytest.raises(ValueError, match=message): call(llama, text)

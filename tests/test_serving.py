@@ -2,7 +2,6 @@
 
 `make test-serving` installs the engines, each in an environment of its own, and runs these tests; elsewhere they are skipped."""
 import json, os, subprocess
-from contextlib import ExitStack
 from pathlib import Path
 import pytest, torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -11,9 +10,11 @@ from pydoc_data.topics import topics
 
 from test_architectures import by_hand
 from entrodrop.benchmarks import sweep
+from entrodrop.calibration import calibration_batch, load_text
 from entrodrop.checkpoints import save
 from entrodrop.gguf_files import LLAMA3, save_gguf
 from entrodrop.pruning import dropped
+from entrodrop.search import fit_linear
 from entrodrop.speed import engine, speed_ratios, time_runs
 
 SERVING = Path(os.environ.get("ENTRODROP_SERVING", "nowhere"))
@@ -22,7 +23,9 @@ HERE, NEW_TOKENS = Path(__file__).parent / "serving", 48
 PROMPTS = ["The capital of France is", "Water boils at", "def fibonacci(n):", "Once upon a time", "The opposite of hot is", "Dear Sir or Madam,", "In 1969, people", "The three primary colours are"]
 TEXTS = [*PROMPTS, "  two spaces\n\nand\ttabs", "naïve façade, 東京, 🙂", "12345 + 67 = 12412", "I'll say it's he'd", "<|im_start|>user\nhi<|im_end|>"]
 BLOCKS = dict(dense=[by_hand("attention", (), layers=30)], attention=[by_hand("attention", (12, 20), layers=30)], first=[by_hand("attention", (0, 20), layers=30)], mlp=[by_hand("mlp", (12, 20), layers=30)],
-              layer=[by_hand("layer", (12, 20), layers=30)], mixed=[by_hand("attention", (0, 12), layers=30), by_hand("mlp", (20,), layers=30), by_hand("layer", (25,), layers=30)])
+              layer=[by_hand("layer", (12, 20), layers=30)], mixed=[by_hand("attention", (0, 12), layers=30), by_hand("mlp", (20,), layers=30), by_hand("layer", (25,), layers=30)],
+              linear=[by_hand("attention", (0, 12, 20), layers=30)])
+MAPPED = dict(linear=(0, 12))  # linear maps in the place of these
 CPU = dict(OMP_NUM_THREADS="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
 
 
@@ -40,10 +43,10 @@ def greedy(model, ids):
 def served(request, embedded, tmp_path_factory):
     "Name, folder, token ids of the prompts and how the live pruned model continues them"
     (model, tokenizer), plans = embedded, BLOCKS[request.param]
-    folder = save(model, plans, tmp_path_factory.mktemp("served") / request.param, tokenizer=tokenizer)
+    maps = fit_linear(model, MAPPED.get(request.param, ()), calibration_batch(tokenizer, load_text("pydoc"), 4, 128).ids)
+    folder = save(model, plans, tmp_path_factory.mktemp("served") / request.param, tokenizer=tokenizer, maps=maps)
     ids = [tokenizer(p).input_ids for p in PROMPTS]
-    with ExitStack() as stack:
-        for p in sorted(plans, key=lambda p: p.target == "layer"): stack.enter_context(dropped(model, p, strict=False))
+    with dropped(model, plans, strict=False, maps=maps):
         return request.param, folder, ids, [greedy(model, i) for i in ids]
 
 
@@ -62,6 +65,7 @@ CAPACITY = {}
 
 def test_vllm_generates_the_same_tokens_and_its_cache_holds_more_of_them(served):
     name, folder, ids, expected = served
+    if name == "linear": pytest.skip("vLLM has no linear maps in the place of attention")
     result, _ = ask("vllm", folder=str(folder), remote=json.loads((folder / "config.json").read_text())["model_type"] == "nemotron-nas", prompts=ids)
     assert result["tokens"] == expected
     CAPACITY[name] = result["capacity"]
@@ -98,7 +102,7 @@ def test_llama_cpp_generates_the_same_tokens_and_its_cache_shrinks(served, tmp_p
     assert result["tokens"] == expected
     _, said = ask("llama_cpp", path=str(path), prompts=ids[:1], flash=True)
     (size,) = {float(l.split("size =")[1].split()[0]) for l in said.splitlines() if "KV buffer size" in l}
-    kept = dict(dense=30, attention=28, first=28, mlp=30, layer=28, mixed=27)[name]  # here the first attention costs none
+    kept = dict(dense=30, attention=28, first=28, mlp=30, layer=28, mixed=27, linear=27)[name]  # here the first attention costs none
     assert abs(size - 256 * kept * 2 * 3 * 64 * 4 / 2**20) < .01
 
 
