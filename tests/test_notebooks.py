@@ -33,6 +33,12 @@ def test_every_run_writes_the_same_bytes(name, expected, word_folder, tmp_path):
 
 STUDIES = {"ablations": (dict(samples=4, length=32, k=1, buckets=[8, 4], neighbours=[5, 3], alphas=[4, 2], tasks=["sciq:validation", "piqa:validation"], limit=3, windows=2, texts=["boolq"]),
                          {"ablations-attention-k1.csv", "ablations-attention-k1.md", "ablations-attention-k1.txt", "accuracy-attention-k1.svg", "heldout-attention-k1.png"}),
+           "boundary": (dict(samples=4, length=32, seeds=[1, 2], targets={"attention": 1, "layer": 1}, windows=3, window_length=16, bins=8, neighbour=5),
+                        {"boundaries.csv", "boundaries.svg", "protection.csv", "protection.md", "protection-attention.png", "protection-layer.svg", "boundary.txt"}),
+           "budgets": (dict(samples=4, length=32, trial_samples=2, trial_length=16, budgets={"parameters": [.2], "kv_bytes": [.25]}, context=32, first=2, tries=2, windows=3, window_length=16, neighbour=5),
+                       {"budgets.csv", "budgets.md", "budgets.svg", "budgets.txt"}),
+           "healing": (dict(samples=4, length=32, cases={"attention": [1], "layer": [1]}, steps=3, batch_size=2, rank=2, windows=3, window_length=16, shape=[1, 16], repeats=2),
+                       {"healing.csv", "healing.md", "healing.svg", "healing-speed.png", "healing.txt"}),
            "cost_of_measuring": (dict(samples=4, length=32, batch_size=2, repeats=2, memory_samples=4, bins=8, neighbour=5), {"time.csv", "time.svg", "time.png"}),
            "larger_than_memory": (dict(size="tiny", samples=64, length=128, batch_size=2, kill_after=1), {"tiny.json"})}
 
