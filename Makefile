@@ -7,7 +7,7 @@ MODEL ?= smollm2-135m
 QUIET := HF_HUB_OFFLINE=1 TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error
 STATE := { git status --porcelain -- nbs entrodrop README.md; git diff -- nbs entrodrop README.md; } | git hash-object --stdin
 
-.PHONY: install demo figures test test-serving check notebooks bench bench-large bench-speed bench-tasks bench-search studies readme lab clean
+.PHONY: install demo figures test test-serving check notebooks bench bench-large bench-speed bench-tasks bench-search bench-search-wikitext studies readme lab clean
 
 install: .venv/.installed
 
@@ -77,10 +77,17 @@ bench-tasks: install
 	mkdir -p build/bench
 	$(BIN)/papermill nbs/03_benchmarks.ipynb build/bench/03_benchmarks.ipynb -f params/studies/benchmarks.yaml
 
-# Searches beside one-shot criteria: two draws of text, attention blocks and layers (an hour on two cores)
+# Searches beside one-shot criteria: two draws of text, attention blocks and layers (an hour or more on two cores)
 bench-search: install
 	mkdir -p build/bench
 	$(QUIET) $(BIN)/papermill nbs/05_beyond_the_paper.ipynb build/bench/05_beyond_the_paper.ipynb -f params/studies/search.yaml
+
+# The same with attention blocks chosen on C4 and judged on WikiText-2, both from the Hub; or, without a network, from files: make bench-search-wikitext DATA=c4.jsonl JUDGE=wikitext2.txt
+DATA ?= c4
+JUDGE ?= wikitext2
+bench-search-wikitext: install
+	mkdir -p build/bench
+	$(QUIET) HF_HUB_OFFLINE=$(if $(filter-out %.jsonl %.txt %.parquet,$(DATA) $(JUDGE)),0,1) $(BIN)/papermill nbs/05_beyond_the_paper.ipynb build/bench/05_wikitext.ipynb -f params/studies/search-wikitext.yaml -p data "$(DATA)" -p judge "$(JUDGE)"
 
 studies: $(STUDIES:%=study-%)
 

@@ -121,7 +121,8 @@ def _mapped(checkpoint, cut, maps):
     "The tensors of linear maps by the names that they get on disk, in the dtype of what they replace"
     arch, number, tensors = checkpoint.arch, {layer: i for i, layer in enumerate(cut.keep)}, {}
     for i, weight in maps.items():
-        key, path = next((k, p) for k, p in checkpoint.parts[i].items() if checkpoint.targets[k].startswith(f"{arch.layers}.{i}.{arch.attention}."))
+        weights = {n for n in checkpoint.order if n.startswith(f"{arch.layers}.{i}.{arch.attention}.")}  # and no buffers, whose dtype is another
+        key, path = next((k, p) for k, p in checkpoint.parts[i].items() if checkpoint.targets[k] in weights)
         with safe_open(path, "pt") as file: dtype = file.get_tensor(key).dtype
         before = key[:key.index(f".{arch.attention}.")]
         tensors[_numbered(f"{before}.{arch.attention}.linear_attn.weight", i, number)] = weight.to("cpu", dtype).contiguous()
@@ -204,7 +205,7 @@ def model_card(plans,   # list of `Plan`
     silenced = _silenced(cut, form)
     front = ["library_name: transformers", *([f"base_model: {name}"] if name and name.count("/") == 1 and not Path(name).exists() else []), "tags:", "- entrodrop", "- pruned"]
     lines = ["---", *front, "---", "", f"# {folder}", "",
-             f"{name or 'A model'} of {cut.total} layers ({source.get('model_type', 'unknown kind')}), pruned without training by [entropy-based block pruning](https://arxiv.org/abs/2504.03794).", "",
+             f"{name or 'A model'} of {cut.total} layers ({source.get('model_type', 'unknown kind')}), pruned{'' if any('healing' in p.provenance for p in plans) else ' without training'} by [entropy-based block pruning](https://arxiv.org/abs/2504.03794).", "",
              f"- layers dropped whole: {_layers(cut.layers)}", f"- attention dropped in layers: {_layers(cut.attention)}", f"- MLP dropped in layers: {_layers(cut.mlp)}",
              *([f"- attention replaced by a linear map in layers: {_layers(cut.linear)}"] if cut.linear else []),
              f"- parameters: {parameters:,}" + (f" of {base:,}" if base else ""),
@@ -232,7 +233,7 @@ def _check_weights(checkpoint, plans):
     "Raise `ValueError` unless the weights on disk are those that the plans were made for"
     for p in plans:
         source = p.provenance.get("model", {})
-        if not source or source.get("checkpoint") == checkpoint.identity: continue
+        if "fingerprint" not in source or source.get("checkpoint") == checkpoint.identity: continue
         if checkpoint.fingerprint is None:
             for part in tqdm(["base", *range(len(decoder_layers(checkpoint.model))), "head"], desc="checking", unit="part"):
                 checkpoint.read(part)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CRITERIA', 'STAGES', 'output_folder', 'figure_style', 'save_figure', 'plot_entropy', 'plot_increase', 'plot_lens',
            'plot_plans', 'plot_quality', 'plot_differences', 'plot_sources', 'plot_agreement', 'plot_ceiling',
-           'plot_samples', 'plot_speed', 'plot_tradeoff', 'plot_frontier']
+           'plot_samples', 'plot_boundaries', 'plot_speed', 'plot_tradeoff', 'plot_frontier']
 
 # %% ../nbs/api/figures.ipynb #c59f6350
 import os
@@ -225,6 +225,25 @@ def plot_samples(table,  # DataFrame: criterion, length, samples, spearman (one 
         ax.set(title=criterion, xlabel="samples", ylabel="tokens in each")
         ax.tick_params(axis="y", rotation=0)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(marked))
+    return fig
+
+# %% ../nbs/api/figures.ipynb #df84a7a1
+def plot_boundaries(increases, # DataFrame: estimator, sample, layer, score (nats)
+                    starts,    # {estimator: {rule: what has `start`, `low` and `high`}}
+                   ):          # matplotlib figure
+    "Rank of each layer's entropy increase, mean over samples, a panel an estimator, coloured by its sign; and where rules put the boundary, with their intervals"
+    names = list(starts)
+    fig, axes = _panels(names, min(2, len(names)), 7.2, 2.2)
+    for ax, name in zip(axes, names):
+        mean = increases[increases.estimator == name].groupby("layer").score.mean()
+        for stage, of in (("compression", mean < 0), ("expansion", mean >= 0)):
+            if of.any(): ax.bar(mean.index[of], mean.rank()[of], color=STAGES[stage], alpha=.7, width=.8, label=dict(compression="entropy falls", expansion="entropy rises")[stage])
+        for i, (rule, found) in enumerate(starts[name].items()):
+            ax.axvspan(found.low - .5, found.high - .5, color="black", alpha=.12, lw=0)
+            ax.axvline(found.start - .5, color="black", ls=["-", "--", ":"][i % 3], lw=1.6, label=rule)
+        ax.set(title=name, xlabel="layer", ylabel="rank of increase", xlim=(-.7, len(mean) - .3))
+    handles = dict(pair[::-1] for ax in axes for pair in zip(*ax.get_legend_handles_labels()))
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     return fig
 
 # %% ../nbs/api/figures.ipynb #5f3a9e21

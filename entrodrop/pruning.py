@@ -160,6 +160,7 @@ def _apply_linear(model, maps):
     arch, layers, changes, hidden = architecture(model), decoder_layers(model), [], decoder_config(model).hidden_size
     if wrong := [i for i, weight in maps.items() if i not in range(len(layers)) or weight.shape != (hidden, hidden)]:
         raise ValueError(f"linear maps of layers {wrong} do not fit: the model has layers 0 to {len(layers) - 1}, and a map must have shape {(hidden, hidden)}")
+    if gone := [i for i in maps if not [*getattr(layers[i], arch.attention).parameters()]]: raise ValueError(f"the attention of layers {gone} is dropped already; put linear maps in the place of attention of the dense model")
     maybe_install_capturing_hooks(model.base_model)
     for i, weight in maps.items():
         with torch.device("meta"): block = LinearAttention(hidden)
@@ -212,9 +213,15 @@ def dropped(model,       # a supported decoder
 
 def _drop(model, plans, strict, maps):
     "Check and apply; returns the changes"
-    for p in _as_plans(plans): _check_fits(model, p, strict)
-    _check_maps(_as_plans(plans), maps or {})
-    return _apply_all(model, _as_plans(plans), maps or {})
+    plans = _checked(model, plans, strict, maps)
+    return _apply_all(model, plans, maps or {})
+
+def _checked(model, plans, strict, maps):
+    "A list of plans that fit the model, as do the maps"
+    plans = _as_plans(plans)
+    for p in plans: _check_fits(model, p, strict)
+    _check_maps(plans, maps or {})
+    return plans
 
 def drop(model,       # a supported decoder
          plans,       # a `Plan`, or several for the same model

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['RIDGES', 'Trials', 'Selection', 'candidates', 'greedy', 'exchange', 'evolve', 'iterative', 'ChangePoint',
-           'change_point', 'fit_linear', 'distilled', 'distil']
+           'change_point', 'fit_linear', 'distilled', 'distil', 'advice']
 
 # %% ../nbs/05_beyond_the_paper.ipynb #e43bb583
-import math, warnings
+import hashlib, math, warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 import numpy as np, torch
-from pandas import DataFrame
+from pandas import DataFrame, concat
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from .dynamics import BLOCKS, measure
 from .layerwise import _dry_run
 from .models import architecture, decoder_layers, fingerprint, readout, stream
-from .pruning import Plan, _apply, _apply_linear, _as_plans, _undo, dropped, plan
+from .pruning import Plan, _apply, _apply_linear, _as_plans, _checked, _undo, dropped, plan
 
 # %% ../nbs/05_beyond_the_paper.ipynb #f1a6931a
 class Trials:
@@ -46,6 +46,7 @@ class Trials:
         self.weights |= {("mlp", i): self.weights["layer", i] - self.weights["attention", i] for i in range(len(self.layers))}
         self.head, self.passes, self.base = model.get_output_embeddings().weight.numel(), 0., frozenset()
         self.total = self.head + sum(self.weights["layer", i] for i in range(len(self.layers)))
+        self.text = dict(trial_samples=len(ids), trial_length=ids.shape[1], trial_sha256=hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16])
         self.ids = [part.to(model.device) for part in ids.split(batch_size)]
         entered = [_dry_run(model, part) for part in self.ids]
         self.calls, self.states = [calls for _, calls in entered], [[z] + [None] * len(self.layers) for z, _ in entered]
@@ -54,6 +55,7 @@ class Trials:
             self.dense, self.dense_losses = [[self._log_probabilities(z) for z in states[-1]] for states in self.states], np.zeros(len(ids))
             self.passes += self.head / self.total
         else: self.dense_losses = self.losses(())
+        self.setup = self.passes
 
     def _log_probabilities(self, z): return self.predict(z[None]).float().log_softmax(-1)[0]
 
@@ -109,7 +111,7 @@ class Trials:
                 log_q = self._log_probabilities(z)
                 loss = F.kl_div(log_q, self.dense[batch][row], log_target=True, reduction="none").sum(-1) if self.loss == "kl" else F.nll_loss(log_q[:-1], self.ids[batch][row, 1:], reduction="none")
                 found.append(loss.double().mean().item())
-        share = 1 if batches is None else min(batches, len(self.ids)) / len(self.ids)
+        share = len(found) / sum(map(len, self.ids))
         self.passes += share * (self._work(blocks, start) + self.head / self.total)
         return np.array(found)
 
@@ -120,8 +122,9 @@ def _overlap(a, b): return a[1] == b[1] and (a == b or "layer" in (a[0], b[0]))
 class Selection:
     "Blocks in the order in which they are dropped, and the record of how they were found"
     order: tuple        # of `(target, layer)`
-    record: DataFrame   # a row a step: k, loss (nats per token, mean over sequences), passes since the trials began
+    record: DataFrame   # a row a step: k, loss (nats per token, mean over sequences), passes of the search until then, with those that set up the trials
     method: str
+    settings: dict = field(default_factory=dict) # of the search, for the record
 
     def plans(self, profile, k=None)->list:
         "A plan for every kind of block among the first `k`"
@@ -132,7 +135,7 @@ class Selection:
         chosen = [i for t, i in self.order[:k] if t == target]
         scores = [chosen.index(i) if i in chosen else len(chosen) for i in range(profile.layers)]
         until = self.record[self.record.k <= len(self.order[:k])]
-        found = dict(method=self.method, passes=float((until if len(until) else self.record).passes.iloc[-1]))
+        found = dict(method=self.method, passes=float((until if len(until) else self.record).passes.iloc[-1])) | self.settings
         return Plan(target, self.method, len(chosen), tuple(chosen), tuple(map(float, scores)), "none", (), None, profile.layers, profile.provenance | dict(selection=found))
 
 def candidates(profile,
@@ -170,10 +173,12 @@ def greedy(trials,      # `Trials`
     SLEB (arXiv 2402.09025). Raises `ValueError` if the candidates are too few, and unless either `k` or a budget with costs is given."""
     if (k is None) == (budget is None) or budget is not None and cost is None: raise ValueError("give either k, or a budget and the cost of every block")
     blocks, chosen, last, rows, current, saved = [b for b in blocks if cost is None or cost[b] > 0], [], {}, [], trials.dense_losses, 0.
+    trials.rebase(())
+    before = trials.passes - trials.setup
     with tqdm(total=k, desc="greedy", unit="block") as bar:
         while len(chosen) < k if budget is None else saved < budget:
             most = math.inf if budget is None else budget - saved
-            def weigh(b, rise): return rise / (min(cost[b], most) if cost else 1)
+            def weigh(b, rise): return rise * (1 if not cost else 1 / min(cost[b], most) if rise > 0 else min(cost[b], most))  # where the loss falls, what saves more goes first
             left = sorted((b for b in blocks if not any(_overlap(b, c) for c in chosen)), key=lambda b: weigh(b, last.get(b, math.inf)))
             if not left: raise ValueError(f"{f'k={k}' if budget is None else f'budget={budget:g}'}, but after {len(chosen)} blocks{'' if budget is None else f', which save {saved:g},'} no candidate is left; give more candidates")
             rises, names, losses = _judged(trials, {b: {*chosen, b} for b in (left if tries is None or not chosen else left[:tries])}, current, finalists, weigh)
@@ -181,9 +186,9 @@ def greedy(trials,      # `Trials`
             best = min(names, key=lambda b: weigh(b, rises[b]))
             chosen, current, saved = [*chosen, best], losses[best], saved + (cost[best] if cost else 1)
             trials.rebase(chosen)
-            rows.append(dict(k=len(chosen), loss=current.mean(), passes=trials.passes, saved=saved))
+            rows.append(dict(k=len(chosen), loss=current.mean(), passes=trials.passes - before, saved=saved))
             bar.update()
-    return Selection(tuple(chosen), DataFrame(rows), f"greedy {trials.loss}" + (f", {tries} tries" if tries else ""))
+    return Selection(tuple(chosen), DataFrame(rows), f"greedy {trials.loss}" + (f", {tries} tries" if tries else ""), trials.text | dict(candidates=len(blocks), finalists=finalists, budget=budget))
 
 # %% ../nbs/05_beyond_the_paper.ipynb #4b0f2958
 def exchange(trials,
@@ -195,7 +200,7 @@ def exchange(trials,
             )->Selection:
     "From the best of several sets: take each dropped block back in turn, and drop another instead where the loss is lower for it. Raises `ValueError` where there is no start, or starts differ in size"
     if len(sizes := {len(s) for s in starts}) != 1: raise ValueError(f"starts must be sets of one size, got {sorted(sizes) or 'none'}")
-    found = {tuple(s): trials.losses(s) for s in starts}
+    before, found = trials.passes - trials.setup, {tuple(s): trials.losses(s) for s in starts}
     chosen = list(min(found, key=lambda s: found[s].mean()))
     current = found[tuple(chosen)]
     for _ in tqdm(range(rounds), desc="exchanging", unit="round"):
@@ -209,7 +214,7 @@ def exchange(trials,
             if best is not None and rises[best] < 0: chosen, current = [*rest, best], losses[best]
         if current.mean() == before: break
     trials.rebase(chosen)
-    return Selection(tuple(chosen), DataFrame([dict(k=len(chosen), loss=current.mean(), passes=trials.passes)]), f"{trials.loss}, exchanged")
+    return Selection(tuple(chosen), DataFrame([dict(k=len(chosen), loss=current.mean(), passes=trials.passes - before)]), f"{trials.loss}, exchanged", trials.text | dict(tries=tries, finalists=finalists, rounds=rounds))
 
 # %% ../nbs/05_beyond_the_paper.ipynb #d4d6ef35
 def evolve(trials,
@@ -245,7 +250,7 @@ def evolve(trials,
             bar.update(min(round(trials.passes), bar.total) - bar.n)
             if trials.passes >= passes: break
             pool = [mutant(best[1]) for _ in range(offspring)]
-    return Selection(tuple(sorted(best[1])), DataFrame(rows), "evolution")
+    return Selection(tuple(sorted(best[1])), DataFrame(rows), "evolution", trials.text | dict(seed=seed, offspring=offspring, survivors=survivors))
 
 # %% ../nbs/05_beyond_the_paper.ipynb #bbfedabc
 def iterative(model,
@@ -272,7 +277,7 @@ def iterative(model,
 # %% ../nbs/05_beyond_the_paper.ipynb #2ed1a3be
 @dataclass(frozen=True)
 class ChangePoint:
-    "The first layer from which on entropy increases are higher, its 95 % bootstrap interval, the share of resamples that agree, and how likely so great a shift is if there is none"
+    "The first layer from which on entropy increases are higher, its 95 % bootstrap interval, the share of resamples that agree, and how likely so great a shift is among layers in random order"
     start: int
     low: int
     high: int
@@ -299,10 +304,11 @@ def change_point(increases,      # `(samples, layers)`, nats: `profile.scores("l
 
 # %% ../nbs/05_beyond_the_paper.ipynb #fdbd3f3b
 RIDGES = (1e-3, 1e-2, 1e-1, 1.)
+class _Seen(Exception): "Leaves a layer once its attention has answered"
 
 def _least_squares(x, y, ridges=RIDGES):
     "Weight `(out, in)` of the linear map from rows of `x` to rows of `y`; of the ridges, shares of the mean squared input, the one that serves best the last quarter of the rows when fitted to the others"
-    x, y, cut = x.double(), y.double(), 3 * len(x) // 4
+    x, y, cut = x.double(), y.double(), max(1, 3 * len(x) // 4)
     def fit(x, y, ridge):
         gram = x.mT @ x
         gram.diagonal().add_(ridge * gram.diagonal().mean())
@@ -310,6 +316,7 @@ def _least_squares(x, y, ridges=RIDGES):
     def error(ridge): return (y[cut:] - x[cut:] @ fit(x[:cut], y[:cut], ridge).mT).square().sum().item()
     return fit(x, y, min(ridges, key=error) if len(ridges) > 1 else ridges[0])
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def fit_linear(model,         # a supported decoder
                layers,        # whose attention is to be replaced
@@ -318,7 +325,8 @@ def fit_linear(model,         # a supported decoder
                ridges=RIDGES, # to choose from, layer by layer
               )->dict:        # `{layer: weight (hidden, hidden)}`
     """Linear maps from what an attention block reads (its normed input) to what it returns, by least squares on calibration text (NBL, arXiv 2505.21077); from the first
-    layer to the last, each on what the layers replaced before it pass on. One pass over the text. Raises `ValueError` for a layer that does not exist."""
+    layer to the last, each on what the layers replaced before it pass on. One pass over the text. Raises `ValueError` for a layer that does not exist, and for fewer than two tokens."""
+    if ids.ndim != 2 or ids.numel() < 2: raise ValueError(f"token ids must have shape (samples, length), two tokens at least, got {tuple(ids.shape)}")
     attention, changes, modules, maps = architecture(model).attention, [], list(decoder_layers(model)), {}
     if wrong := [i for i in layers if i not in range(len(modules))]: raise ValueError(f"no layers {wrong}: the model has layers 0 to {len(modules) - 1}")
     entered = [_dry_run(model, part) for part in ids.to(model.device).split(batch_size)]
@@ -327,10 +335,14 @@ def fit_linear(model,         # a supported decoder
         for i, layer in enumerate(tqdm(modules, desc="fitting", unit="layer")):
             if i in layers:
                 seen = []
-                def note(module, args, kwargs, output): seen.append(((args[0] if args else kwargs["hidden_states"]).flatten(0, 1), output[0].flatten(0, 1)))
+                def note(module, args, kwargs, output):
+                    seen.append(((args[0] if args else kwargs["hidden_states"]).flatten(0, 1), output[0].flatten(0, 1)))
+                    raise _Seen  # the rest of the layer would be for nothing
                 hook = getattr(layer, attention).register_forward_hook(note, with_kwargs=True)
                 try:
-                    for z, (_, calls) in zip(states, entered): layer(z, *calls[i][0], **calls[i][1])
+                    for z, (_, calls) in zip(states, entered):
+                        try: layer(z, *calls[i][0], **calls[i][1])
+                        except _Seen: pass
                 finally: hook.remove()
                 maps[i] = _least_squares(*(torch.cat(part) for part in zip(*seen)), ridges).to(states[0].dtype)
                 changes += _apply_linear(model, {i: maps[i]})
@@ -385,8 +397,8 @@ def distilled(model,        # a supported decoder, with no block dropped
               seed=0,       # of the adapters, and of the order of the text
               strict=True,  # insist on the weights that a plan was made for, not only on their shape
              ):             # yields `(steps,)`, the loss of every step in nats per token
-    """While active, blocks are dropped, and low-rank adapters in all matrices that are left are trained to bring the predictions near those of the dense model
-    (KL, nats per token). Raises `ValueError` for plans that do not fit, for token ids of the wrong shape, and for settings below 1."""
+    """While active, blocks are dropped, and low-rank adapters in all linear modules that are left (experts that are kept as one tensor are none) are trained to bring the
+    predictions near those of the dense model (KL, nats per token). Raises `ValueError` for plans that do not fit, for token ids of the wrong shape, and for settings below 1."""
     with _distilling(model, plans, ids, maps or {}, steps, batch_size, rank, learning_rate, seed, strict) as (losses, _): yield losses
 
 @contextmanager
@@ -394,8 +406,9 @@ def _distilling(model, plans, ids, maps, steps, batch_size, rank, learning_rate,
     "As `distilled`; yields the losses, and `{matrix: adapted matrix}`"
     if ids.ndim != 2 or 0 in ids.shape: raise ValueError(f"token ids must have shape (samples, length), got {tuple(ids.shape)}")
     if wrong := {n: v for n, v in dict(steps=steps, batch_size=batch_size, rank=rank).items() if v < 1}: raise ValueError(f"{', '.join(f'{n}={v}' for n, v in wrong.items())}: must be at least 1")
-    ids, batch_size = ids.to(model.device), min(batch_size, len(ids))
-    with dropped(model, [], strict), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    plans, ids, batch_size = _checked(model, plans, strict, maps), ids.to(model.device), min(batch_size, len(ids))
+    _undo(_apply_linear(model, maps))  # raises where a map has the wrong shape, before anything is computed
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         rows = torch.cat([torch.randperm(len(ids)) for _ in range(-(-steps * batch_size // len(ids)))])[:steps * batch_size].split(batch_size)
         teacher = _last_states(model, ids.split(batch_size))
@@ -423,10 +436,33 @@ def _learn(model, adapted, ids, teacher, rows, learning_rate):
 def distil(model, plans, ids, maps=None, steps=20, batch_size=4, rank=8, learning_rate=2e-3, seed=0, strict=True)->list:
     """Train as `distilled` does, and add what was learnt to the weights of the model (and to `maps`, in place). No block is dropped afterwards; the plans that are returned
     are the given ones, for a model with these weights."""
-    plans = _as_plans(plans)
-    with _distilling(model, plans, ids, maps or {}, steps, batch_size, rank, learning_rate, seed, strict) as (losses, adapted):
-        learnt = [(matrix.weight, m.get_delta_weight("default").detach()) for matrix, m in adapted.items()]
-    for weight, delta in learnt: weight.data += delta.to(weight)
-    healing = dict(method="LoRA distillation", rank=rank, steps=steps, batch_size=batch_size, length=ids.shape[1], learning_rate=learning_rate, seed=seed, first_loss=float(losses[0]), last_loss=float(losses[-1]))
+    plans, maps, arch = _as_plans(plans), {} if maps is None else maps, architecture(model)
+    dense = list(decoder_layers(model))
+    with _distilling(model, plans, ids, maps, steps, batch_size, rank, learning_rate, seed, strict) as (losses, adapted):
+        stands_in = {getattr(dense[i], arch.attention).linear_attn.get_base_layer(): i for i in maps}
+        learnt = [(maps[stands_in[matrix]] if matrix in stands_in else matrix.weight.data, m.get_delta_weight("default").detach()) for matrix, m in adapted.items()]
+    for weight, delta in learnt: weight += delta.to(weight)
+    text = dict(samples=len(ids), length=ids.shape[1], tokens_sha256=hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16])
+    healing = dict(method="LoRA distillation", rank=rank, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed, first_loss=float(losses[0]), last_loss=float(losses[-1]), maps=sorted(maps)) | text
     known = fingerprint(model)
     return [replace(p, provenance=p.provenance | dict(healing=healing) | (dict(model={n: v for n, v in p.provenance["model"].items() if n != "checkpoint"} | dict(fingerprint=known)) if "model" in p.provenance else {})) for p in plans]
+
+# %% ../nbs/05_beyond_the_paper.ipynb #7e9a1d92
+def advice(searches, # table of the larger run of this chapter
+           budgets,  # table of the study of budgets
+           shares=(.1, .2), # to be saved
+          )->list:   # of sentences
+    "For each share of parameters, operations and cache: what has the lowest perplexity of all that saves it, and the cheapest within 5 % of that"
+    a, b = searches[(searches.method != "random") & (searches.seeds == searches.seeds.max())], budgets[budgets.way != "layers, cosine"]
+    a = a.assign(way=[f"{r.method}, {r.k} × {r.target}" for r in a.itertuples()])
+    b = b.assign(way=[f"greedy KL under a budget ({r.way}), {r.layer + r.mlp + r.attention} blocks" for r in b.itertuples()], ratio=np.exp(b.difference))
+    options, lines = concat([a, b]), []
+    for share in shares:
+        for column, name in (("saved_parameters", "layers' parameters"), ("saved_flops", "layers' operations in a prefill"), ("saved_kv_bytes", "key-value cache")):
+            part = options[options[column] >= share]
+            if part.empty: continue
+            best = part.iloc[part.ratio.argmin()]
+            near = part[part.ratio <= 1.05 * best.ratio]
+            cheap = near.iloc[near.tokens.argmin()]
+            lines.append(f"to save {share:.0%} of the {name}: {best.way}, perplexity × {best.ratio:.2f}, {best.tokens / 1000:,.0f} thousand tokens" + (f"; cheapest within 5 %: {cheap.way}, × {cheap.ratio:.2f}, {cheap.tokens / 1000:,.0f} thousand" if cheap.way != best.way else ""))
+    return lines

@@ -21,12 +21,18 @@ def _causal(q, k, v, *args, out_shape=None, **kwargs):
     (batch, heads, queries, size), keys = q, k[2]
     return int(2 * batch * heads * queries * (keys - (queries - 1) / 2) * (size + v[3]))
 
-_ATTENTION = {getattr(torch.ops.aten, name): _causal for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+_COUNTED = {getattr(torch.ops.aten, name): _causal for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
               "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention") if hasattr(torch.ops.aten, name)}
+
+def _grouped(rows, matrices, *args, out_shape=None, **kwargs):
+    "Operations of a product of rows `(rows, in)` with a matrix each, of `(matrices, in, out)`: experts"
+    return 2 * rows[0] * rows[1] * matrices[-1]
+
+_COUNTED |= {getattr(torch.ops.aten, "_grouped_mm"): _grouped} if hasattr(torch.ops.aten, "_grouped_mm") else {}
 
 def _count(f):
     "Floating-point operations of `f()`, and what it returns"
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter: result = f()
+    with FlopCounterMode(display=False, custom_mapping=_COUNTED) as counter: result = f()
     return counter.get_total_flops(), result
 
 def _cache(output): return output.get("cache", output.get("past_key_values"))
@@ -68,7 +74,7 @@ def savings(model,        # a decoder, with no block dropped
            )->pd.DataFrame: # index (target, layer); parameters, flops (per token of the prefill), kv_bytes (per token)
     "What dropping each block saves"
     arch, layers = architecture(model), decoder_layers(model)
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter: cache = _cache(model(_context(model, 1, context), use_cache=True, logits_to_keep=1))
+    with FlopCounterMode(display=False, custom_mapping=_COUNTED) as counter: cache = _cache(model(_context(model, 1, context), use_cache=True, logits_to_keep=1))
     counted = {name: sum(kinds.values()) for name, kinds in counter.get_flop_counts().items()}
     def size(*modules): return sum(p.numel() for module in modules for p in module.parameters())
     rows = []

@@ -1,6 +1,7 @@
 "Pruned checkpoints: every architecture and kind of plan from memory and from disk, what generation asks of them, and what must never be written"
 import copy, json, subprocess, sys
 from contextlib import ExitStack
+from dataclasses import replace
 import pytest, torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -267,6 +268,16 @@ def test_the_card_tells_base_model_rows_and_loading():
     card = model_card([p], "nemotron-nas", "small", 900, [dict(task="piqa", metric="acc_norm", value=.71234, stderr=.01, n=100)])
     for part in ("base_model: owner/Base-1B", "attention dropped in layers: 2", "parameters: 900 of 1,000", "key-value cache: 3 of 4 layers", "data c4, samples 128, seed 2024",
                  "| piqa | acc_norm | 0.7123 | 0.0100 | 100 |", "vllm serve small --trust-remote-code", 'from_pretrained("small", trust_remote_code=True)'): assert part in card
+
+
+def test_a_plan_that_knows_no_weights_is_checked_by_shape_alone(named, ids, tmp_path):
+    "Such as an order that others published"
+    name, model, dense = named
+    shape = dict(name="someone/model", model_type=model.config.model_type, layers=LAYERS, hidden=64)
+    plan = replace(by_hand("layer", (1,)), provenance=dict(model=shape))
+    for label, source in (("memory", model), ("disk", dense)): save(source, plan, tmp_path / label)
+    assert contents(tmp_path / "memory") == contents(tmp_path / "disk")
+    with pytest.raises(ValueError, match="hidden 4096 there, 64 here"): save(dense, replace(plan, provenance=dict(model=shape | dict(hidden=4096))), tmp_path / "never")
 
 
 @pytest.mark.parametrize("wrong,message", [(dict(form="gguf"), "unknown form 'gguf'; choose plain, nemotron-nas, entrodrop"), (dict(form="plain"), "a plain llama cannot lack attention of layers \\[1, 3\\]")])

@@ -117,6 +117,38 @@ def test_what_was_learnt_stays_in_the_weights_and_plans_fit_them(llama, text):
     torch.testing.assert_close(log_probabilities(drop(model, new, maps=maps), text), healed, rtol=1e-3, atol=1e-3)
 
 
+def test_maps_of_another_dtype_learn_as_well(llama, text):
+    model, plan = copy.deepcopy(llama), by_hand("attention", (3,))
+    maps = {i: w.double() for i, w in fit_linear(model, [3], text).items()}
+    old = maps[3].clone()
+    with distilled(model, plan, text, maps, steps=5, batch_size=2): healed = log_probabilities(model, text)
+    new = distil(model, plan, text, maps, steps=5, batch_size=2)
+    assert maps[3].dtype == torch.float64 and not torch.equal(maps[3], old)
+    torch.testing.assert_close(log_probabilities(drop(model, new, maps=maps), text), healed, rtol=1e-3, atol=1e-3)
+
+
+def test_maps_fitted_in_inference_mode_can_be_trained(llama, text):
+    with torch.inference_mode(), distilled(llama, by_hand("attention", (1,)), text, fit_linear(llama, [1], text), steps=2) as losses: assert np.isfinite(losses).all()
+
+
+def test_plans_may_be_any_iterable(llama, text):
+    with dropped(llama, [by_hand("attention", (1,)), by_hand("mlp", (2,))]): expected = log_probabilities(llama, text)
+    with dropped(llama, (p for p in (by_hand("attention", (1,)), by_hand("mlp", (2,))))): assert torch.equal(log_probabilities(llama, text), expected)
+
+
+def test_a_map_needs_the_attention_that_it_stands_in_for(llama):
+    with dropped(llama, by_hand("attention", (1,))), pytest.raises(ValueError, match="attention of layers \\[1\\] is dropped already"):
+        dropped(llama, by_hand("attention", (1,)), maps={1: torch.zeros(64, 64)}).__enter__()
+
+
+@pytest.mark.parametrize("name,routed", [("mixtral", 2), ("qwen3_moe", 2)])
+def test_operations_of_experts_are_counted(name, routed):
+    model = make_decoder(name)
+    row, config = savings(model, 24).loc["mlp", 3], model.config
+    width = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    assert row.flops == pytest.approx(2 * (routed * 3 * 64 * width + 64 * 4))  # two experts of three matrices, and the router
+
+
 def test_adapters_do_not_outlive_a_failure(llama, text, monkeypatch):
     before, count = log_probabilities(llama, text), len(list(llama.modules()))
     monkeypatch.setattr("entrodrop.search.F.kl_div", lambda *a, **k: 1 / 0)
@@ -145,6 +177,27 @@ def test_a_budget_is_met_and_no_block_too_many(llama, text):
         assert kind != "kv_bytes" or not any(t == "mlp" for t, _ in found.order)
         with dropped(llama, found.plans(profile)): pruned = log_probabilities(llama, text)
         torch.testing.assert_close(pruned, log_probabilities(llama, text, found.order))
+
+
+def test_where_the_loss_falls_what_saves_more_goes_first(llama, text):
+    trials = Trials(llama, text)
+    falls = {("attention", 0): -.1, ("mlp", 0): -.1, ("mlp", 1): .1}
+    trials.losses = lambda blocks, batches=None: np.full(6, min(falls[b] for b in blocks))
+    trials.rebase = lambda blocks: None
+    assert greedy(trials, list(falls), 1, cost={("attention", 0): 1, ("mlp", 0): 10, ("mlp", 1): 100}).order == (("mlp", 0),)
+
+
+def test_a_second_search_on_the_same_trials_costs_what_the_first_did(llama, text):
+    every, trials = candidates(measure(llama, text, {}), "attention"), Trials(llama, text)
+    first, second = (greedy(trials, every, 3, tries=2) for _ in range(2))
+    assert first.order == second.order and second.record.passes.tolist() == pytest.approx(first.record.passes.tolist(), abs=1)  # going back to the dense model takes less than a pass
+    assert first.record.passes.tolist() == greedy(Trials(llama, text), every, 3, tries=2).record.passes.tolist()
+
+
+def test_a_part_of_the_text_costs_its_share_of_the_sequences(llama, text):
+    trials = Trials(llama, text, batch_size=4)  # of six
+    before = trials.passes
+    assert len(trials.losses((), 1)) == 4 and (trials.passes - before) * trials.total == pytest.approx(trials.head * 4 / 6)
 
 
 def test_racing_judges_fewer_on_all_of_the_text(llama, text):
