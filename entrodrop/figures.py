@@ -299,7 +299,8 @@ def plot_frontier(rows,  # DataFrame: target, k, method, tokens, value, low, hig
             i, inside = methods.index(r.method), r.value < top
             ax.errorbar(max(r.tokens, free), min(r.value, top), [[r.value - r.low], [min(r.high, top) - r.value]] if inside else None, fmt="os^Dvx<>Pp*hd"[i % 13], ms=5, elinewidth=.8, color=f"C{i % 10}", mfc=None if inside else "none", label=r.method, clip_on=False)
         ax.set(title=f"{target}, k = {k}", xscale="log", yscale="log", ylim=(.9 * part.low.min(), top), xlabel="tokens through the model", ylabel=value)
-        for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): axis(mpl.ticker.FormatStrFormatter("%g"))
-    handles = dict(pair[::-1] for ax in axes for pair in zip(*ax.get_legend_handles_labels()))
-    fig.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)
+        ax.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+        ax.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "235" else "")  # more of them would touch
+    handles = [mpl.lines.Line2D([], [], ls="", marker="os^Dvx<>Pp*hd"[i % 13], ms=5, color=f"C{i % 10}", label=m) for i, m in enumerate(methods)]
+    fig.legend(handles=handles, loc="outside right center", fontsize=7)
     return fig
