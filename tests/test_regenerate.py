@@ -10,7 +10,7 @@ from entrodrop.regenerate import index_page, main, numbered_notebooks, read_runs
 ROOT = Path(__file__).parent.parent
 SMALL = dict(data="pydoc", samples=4, length=32, bins=8, neighbour=5, lens_samples=2, criterion="cosine", k=2, ks=[1], windows=3, window_length=16,
              methods={"LLMDrop": ["attention", "cosine"], "EntroDrop attention": ["attention", "bucket"]}, tasks=["piqa:validation"], limit=4, shapes=[[1, 16], [2, 16]], new_tokens=2, repeats=2,
-             trial_length=30, targets={"attention": [1], "layer": [1]}, criteria=["cosine", "bucket"], proposers=["cosine", "bucket"], first=2, tries=2, sleb=1)
+             trial_length=30, targets={"attention": [1], "layer": [1]}, criteria=["cosine", "bucket"], proposers=["cosine", "bucket"], first=2, tries=2, rivals=1)
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])
 def model_folder(request, word_folder, tmp_path_factory):
