@@ -21,7 +21,7 @@ from . import nemotron_nas
 from .dynamics import BLOCKS, write_text
 from .layerwise import Checkpoint, safetensors_header
 from .models import PRUNED, architecture, decoder_layers, load_model, load_tokenizer
-from .pruning import DroppedBlock, Plan, _apply, _apply_linear, _as_plans, _check_fits, _check_maps, _fields_of, _swap, _undo
+from .pruning import DroppedBlock, _apply, _apply_linear, _as_plans, _check_fits, _check_maps, _check_shapes, _fields_of, _swap, _undo
 
 # %% ../nbs/04_checkpoints_and_speed.ipynb #b61542dc
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def save(model,       # a dense model in memory, or what names one: a folder, a 
     form = choose_form(config, cut, form)
     if live and any(isinstance(m, (DroppedBlock, nemotron_nas.LinearAttention)) for m in model.modules()): raise ValueError("this model has blocks dropped already; save takes the dense model, or its name, and drops what the plan says")
     for p in plans: _check_fits(model if live else disk.model, p, strict and live)
-    if maps: _undo(_apply_linear(model if live else disk.model, maps))  # raises where they do not fit
+    _check_shapes(model if live else disk.model, maps)
     if not live and strict: _check_weights(disk, plans)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -155,12 +155,16 @@ def _apply(model, target, drop):
     _number_slots(changes, config, [getattr(layer, arch.attention) for layer in decoder_layers(model)])
     return changes
 
+def _check_shapes(model, maps):
+    "Raise `ValueError` for a linear map that does not fit the model, and for one in the place of attention that is dropped already"
+    attention, layers, hidden = architecture(model).attention, decoder_layers(model), decoder_config(model).hidden_size
+    if wrong := [i for i, weight in maps.items() if i not in range(len(layers)) or weight.shape != (hidden, hidden)]:
+        raise ValueError(f"linear maps of layers {wrong} do not fit: the model has layers 0 to {len(layers) - 1}, and a map must have shape {(hidden, hidden)}")
+    if gone := [i for i in maps if not [*getattr(layers[i], attention).parameters()]]: raise ValueError(f"the attention of layers {gone} is dropped already; put linear maps in the place of attention of the dense model")
+
 def _apply_linear(model, maps):
     "Put linear maps `{layer: weight (hidden, hidden)}` of its normed input in the place of attention; returns the changes"
     arch, layers, changes, hidden = architecture(model), decoder_layers(model), [], decoder_config(model).hidden_size
-    if wrong := [i for i, weight in maps.items() if i not in range(len(layers)) or weight.shape != (hidden, hidden)]:
-        raise ValueError(f"linear maps of layers {wrong} do not fit: the model has layers 0 to {len(layers) - 1}, and a map must have shape {(hidden, hidden)}")
-    if gone := [i for i in maps if not [*getattr(layers[i], arch.attention).parameters()]]: raise ValueError(f"the attention of layers {gone} is dropped already; put linear maps in the place of attention of the dense model")
     maybe_install_capturing_hooks(model.base_model)
     for i, weight in maps.items():
         with torch.device("meta"): block = LinearAttention(hidden)
@@ -221,6 +225,7 @@ def _checked(model, plans, strict, maps):
     plans = _as_plans(plans)
     for p in plans: _check_fits(model, p, strict)
     _check_maps(plans, maps or {})
+    _check_shapes(model, maps or {})
     return plans
 
 def drop(model,       # a supported decoder

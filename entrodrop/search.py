@@ -407,7 +407,6 @@ def _distilling(model, plans, ids, maps, steps, batch_size, rank, learning_rate,
     if ids.ndim != 2 or 0 in ids.shape: raise ValueError(f"token ids must have shape (samples, length), got {tuple(ids.shape)}")
     if wrong := {n: v for n, v in dict(steps=steps, batch_size=batch_size, rank=rank).items() if v < 1}: raise ValueError(f"{', '.join(f'{n}={v}' for n, v in wrong.items())}: must be at least 1")
     plans, ids, batch_size = _checked(model, plans, strict, maps), ids.to(model.device), min(batch_size, len(ids))
-    _undo(_apply_linear(model, maps))  # raises where a map has the wrong shape, before anything is computed
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         rows = torch.cat([torch.randperm(len(ids)) for _ in range(-(-steps * batch_size // len(ids)))])[:steps * batch_size].split(batch_size)

@@ -1,6 +1,5 @@
 "Pruned checkpoints: every architecture and kind of plan from memory and from disk, what generation asks of them, and what must never be written"
 import copy, json, subprocess, sys
-from contextlib import ExitStack
 from dataclasses import replace
 import pytest, torch
 from safetensors import safe_open
@@ -22,11 +21,7 @@ PLANS = dict(attention=[by_hand("attention", (1, 3))], first=[by_hand("attention
              all_attention=[by_hand("attention", tuple(range(LAYERS)))])
 
 
-class pruned(ExitStack):
-    "The live model under several plans; whole layers last, since they renumber the others"
-    def __init__(self, model, plans):
-        super().__init__()
-        for p in sorted(plans, key=lambda p: p.target == "layer"): self.enter_context(dropped(model, p, strict=False))
+def pruned(model, plans): return dropped(model, plans, strict=False)
 
 
 @pytest.fixture(scope="module", params=list(DECODERS))

@@ -9,7 +9,7 @@ from test_architectures import by_hand
 
 from entrodrop.dynamics import measure
 from entrodrop.estimators import bucket_entropy
-from entrodrop.models import decoder_layers, fingerprint
+from entrodrop.models import fingerprint
 from entrodrop.pruning import _apply, _undo, drop, dropped
 from entrodrop.speed import account, savings
 from entrodrop.search import Trials, candidates, change_point, distil, distilled, evolve, exchange, fit_linear, greedy, iterative
