@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'PRUNED', 'PARTIAL', 'EMBEDDED', 'Architecture', 'architecture', 'decoder_config', 'decoder_layers',
-           'cache_folder', 'embedded_model', 'choose_device', 'choose_dtype', 'weight_bytes', 'load_model',
-           'load_tokenizer', 'model_slug', 'stream', 'readout', 'parameter_digest', 'combine_fingerprint',
-           'fingerprint', 'describe_model']
+           'cache_folder', 'check_complete', 'embedded_model', 'choose_device', 'choose_dtype', 'weight_bytes',
+           'load_model', 'load_tokenizer', 'model_slug', 'stream', 'readout', 'parameter_digest', 'combine_fingerprint',
+           'fingerprint', 'check_weights', 'describe_model']
 
 # %% ../nbs/api/models.ipynb #c717ac75
 import hashlib, importlib.metadata, importlib.util, os, shutil, tempfile
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from pathlib import Path
-import platformdirs, psutil, torch
+import platformdirs, psutil, torch, xxhash
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
@@ -93,9 +93,25 @@ def cache_folder()->Path:
     "Where converted models are kept: `$ENTRODROP_CACHE`, or the user's cache folder"
     return Path(os.environ.get("ENTRODROP_CACHE") or platformdirs.user_cache_dir("entrodrop"))
 
+def check_complete(name, # of the model, for the error
+                   model,
+                   info, # what `from_pretrained(…, output_loading_info=True)` says
+                  ):
+    "Raise `ValueError` where transformers made up tensors, or left out layers, to bring weights and config together"
+    layers = f"{architecture(model).layers}."
+    absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    extra = sorted(key for key in info["unexpected_keys"] if key.startswith(layers))
+    for keys, what in ((absent, "lack"), (extra, "hold, beyond what its config says,")):
+        if not keys: continue
+        shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        raise ValueError(f"the weights of {str(name)!r} {what} {shown}: is the checkpoint complete, and its config.json "
+                         "its own? Load it from where it came from again")
+
 def _gguf_model(path, dtype, **options):
     "Model of a GGUF file, dequantised, and free of the marks that would forbid saving it"
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **options)
+    model, info = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype,
+                                                       output_loading_info=True, **options)
+    check_complete(path.name, model, info)
     model.hf_quantizer = None
     model.config.__dict__.pop("quantization_config", None)
     return model
@@ -197,13 +213,24 @@ def _check_memory(name, need, dtype, device):
         raise MemoryError(f"{str(name)!r} takes {need / 1e9:.3g} GB in {str(dtype).removeprefix('torch.')}, and {free / 1e9:.3g} GB are free on {device}: choose a smaller dtype such as 'bfloat16', "
                           "device='auto' to spread it over all devices, or entrodrop.dynamics.measure by name, which reads one layer at a time")
 
+def _read_safetensors(name, loader, where, options):
+    "Model of a folder or Hub id, once it is known that all its weights are its own"
+    def read(): return loader.from_pretrained(**where, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    try: model, info = _reach(name, read)
+    except RuntimeError as e:
+        if "conversion" not in str(e): raise  # of experts, for example, that are stored one by one
+        raise ValueError(f"the weights of {str(name)!r} do not fit together: is the checkpoint complete, and its config.json "
+                         "its own? transformers says: " + " ".join(str(e).split())[:200]) from e
+    check_complete(name, model, info)
+    return model
+
 def load_model(name=EMBEDDED,  # `smollm2-135m`, a folder, a `.gguf` file, or a Hub id
                dtype=None,     # a torch dtype or its name; None: bfloat16 on a GPU, float32 on a CPU
                device=None,    # a torch device, or "auto" to spread over all; None: a GPU where there is one
                revision=None,  # branch, tag or commit of a Hub id
                attn_implementation=None, # "eager", "sdpa", "flash_attention_2", …; None: what transformers chooses
               ):               # a transformers model in evaluation mode
-    "Load a causal language model. Raises `ValueError` for an unsupported architecture, `OSError` where nothing can be read, `MemoryError` before reading what cannot fit"
+    "Load a causal language model. Raises `ValueError` for an unsupported architecture and for weights that lack tensors, `OSError` where nothing can be read, `MemoryError` before reading what cannot fit"
     where = _locate(name)
     device, dtype = choose_device(device), choose_dtype(dtype, device)
     options = {} if attn_implementation is None else dict(attn_implementation=attn_implementation)
@@ -212,7 +239,9 @@ def load_model(name=EMBEDDED,  # `smollm2-135m`, a folder, a `.gguf` file, or a 
     architecture(config)
     if device != "auto": _check_memory(name, weight_bytes(config, dtype, loader), dtype, device)
     if "gguf_file" in where: model = _gguf_model(Path(name).expanduser(), dtype, **options).to("cpu" if device == "auto" else device)
-    else: model = _reach(name, lambda: (loader or AutoModelForCausalLM).from_pretrained(**where, config=config, revision=revision, dtype=dtype, device_map=device, use_safetensors=True, **options))
+    else:
+        options |= dict(config=config, revision=revision, dtype=dtype, device_map=device)
+        model = _read_safetensors(name, loader or AutoModelForCausalLM, where, options)
     return model.eval()
 
 def load_tokenizer(name=EMBEDDED, # as for `load_model`
@@ -259,17 +288,25 @@ def readout(model):
 
 # %% ../nbs/api/models.ipynb #32f11977
 def parameter_digest(name, p)->bytes:
-    "Depends on the name, shape, and 64 evenly spread values of a parameter"
-    flat = p.detach().reshape(-1)
-    return hashlib.sha256(f"{name}{tuple(p.shape)}".encode() + flat[:: -(-flat.numel() // 64)].float().cpu().numpy().tobytes()).digest()
+    "Depends on the name, shape, dtype and every byte of a parameter"
+    values = p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    digest = xxhash.xxh3_128(f"{name}{tuple(p.shape)}{p.dtype}".encode())
+    digest.update(values)
+    return digest.digest()
 
 def combine_fingerprint(digests)->str:
     "16 hex digits from the digests of all parameters, in the model's order"
     return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
 def fingerprint(model)->str:
-    "16 hex digits that depend on the name, shape, and 64 evenly spread values of every parameter of the model"
+    "16 hex digits that depend on the name, shape, dtype and every byte of every parameter of the model"
     return combine_fingerprint(parameter_digest(name, p) for name, p in model.named_parameters())
+
+def check_weights(model):
+    "Raise `ValueError`, with the names, where weights are NaN or infinite: whatever such a model says is worth nothing"
+    wrong = [name for name, p in model.named_parameters() if not p.is_meta and not p.isfinite().all()]
+    if wrong: raise ValueError(f"{len(wrong)} weights of the model hold NaN or infinite values: {', '.join(wrong[:3])}"
+                               + (", …" if len(wrong) > 3 else "") + "; load the model anew, in bfloat16 or float32")
 
 def describe_model(model, name, **known)->dict:
     "What a profile, plan or row says about the model it came from; `name` as given to `load_model`, and `known` what a model without values cannot say"

@@ -1,6 +1,7 @@
 """Loading, converting and watching models: what must not be read, what must not be left behind, and what a fingerprint tells apart."""
 import copy
 import importlib.util
+import json
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,9 @@ import gguf
 import httpx
 import pytest
 import torch
-from conftest import make_decoder
+from conftest import DECODERS, make_decoder
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from entrodrop import models
@@ -244,12 +246,63 @@ def test_fingerprint_tells_every_block(llama):
     assert len(found) == 16
 
 
-def test_fingerprint_sees_the_end_of_every_weight(llama):
-    for name, _ in llama.named_parameters():
-        changed = copy.deepcopy(llama)
-        last = changed.get_parameter(name).data.view(-1)
-        last[-len(last) // 16:] *= 1.5
-        assert fingerprint(changed) != fingerprint(llama), name
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fingerprint_sees_one_value_anywhere_in_every_weight(llama, dtype):
+    changed, rng = copy.deepcopy(llama).to(dtype), torch.Generator().manual_seed(0)
+    before = fingerprint(changed)
+    for name, p in changed.named_parameters():
+        values = p.data.view(-1)
+        for place in (0, len(values) - 1, *torch.randint(len(values), (3,), generator=rng).tolist()):
+            old = values[place].clone()
+            values[place] = 1.1 * old + .1
+            assert fingerprint(changed) != before, (name, place)
+            values[place] = old
+    assert fingerprint(changed) == before
+
+
+def test_fingerprint_sees_the_shape(llama):
+    changed = copy.deepcopy(llama)
+    gate = changed.model.layers[1].mlp.gate_proj
+    gate.weight.data = gate.weight.data.view(gate.weight.shape[::-1])  # the same bytes
+    assert fingerprint(changed) != fingerprint(llama)
+
+
+# Weights that are not all there
+
+def without_tensors(folder, gone):
+    "Take tensors out of a saved model"
+    file = folder / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if not gone(n)}, file, metadata=dict(format="pt"))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(name, tmp_path):
+    model = make_decoder(name)
+    model.save_pretrained(tmp_path)
+    names = sorted(load_file(tmp_path / "model.safetensors"))
+    assert fingerprint(load_model(tmp_path, device="cpu")) == fingerprint(model)
+    one = names[len(names) // 2]
+    without_tensors(tmp_path, lambda n: n == one)
+    with pytest.raises(ValueError, match="(?s)the weights of .* (lack .*|do not fit together): is the checkpoint complete"): load_model(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(num_hidden_layers=8), r"lack model.layers.5.input_layernorm.weight, model.layers.5.mlp.down_proj.weight, .* and 24 more"),
+    (dict(num_hidden_layers=3), r"hold, beyond what its config says, model.layers.3.input_layernorm.weight"),
+    (dict(intermediate_size=96), r"lack model.layers.0.mlp.down_proj.weight")])
+def test_a_config_that_is_not_its_own_is_refused(llama, tmp_path, change, message):
+    llama.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | change))
+    with pytest.raises(ValueError, match=message): load_model(tmp_path, device="cpu")
+
+
+def test_a_gguf_file_that_lacks_a_tensor_is_refused(llama, tmp_path):
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 5)
+    tensors = [(names.get_name(name, try_suffixes=(".weight",)), weight.numpy()) for name, weight in llama.state_dict().items() if "layers.3.mlp.up_proj" not in name]
+    path = write_gguf(tmp_path / "tiny.gguf", "llama", tensors, block_count=5, context_length=2048, embedding_length=64, feed_forward_length=128, attention__head_count=4,
+                      attention__head_count_kv=2, attention__layer_norm_rms_epsilon=1e-6, rope__freq_base=1e4, vocab_size=100)
+    with pytest.raises(ValueError, match="'tiny.gguf' lack model.layers.3.mlp.up_proj.weight"): load_model(path, device="cpu")
 
 
 def test_fingerprint_is_of_weights_not_of_names(decoder, tmp_path):
