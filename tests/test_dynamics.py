@@ -12,7 +12,7 @@ import torch
 
 from entrodrop import dynamics
 from entrodrop.calibration import Calibration
-from entrodrop.dynamics import BLOCKS, Profile, expansion_start, logit_lens, measure, measured
+from entrodrop.dynamics import BLOCKS, Profile, expansion_start, logit_lens, measure, measured, remembered
 from entrodrop.estimators import bucket_entropy, knn_entropy, matrix_entropy, renyi_entropy
 from entrodrop.pruning import Plan, dropped
 
@@ -20,6 +20,43 @@ CHEAP = dict(bucket=bucket_entropy, matrix=matrix_entropy)
 
 
 def hooks(model): return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+# Results that are kept
+
+def test_a_result_is_kept_for_its_settings_and_its_code(tmp_path):
+    made = []
+    def ask(settings, code="a"): return remembered(tmp_path, "result", settings, lambda: made.append(settings) or len(made), code)
+    assert [ask(dict(k=1)), ask(dict(k=1)), ask(dict(k=2)), ask(dict(k=1))] == [1, 1, 2, 1]
+    assert [ask(dict(k=1), "b"), ask(dict(k=1), "b"), ask(dict(k=2), "b")] == [3, 3, 4] and len(list(tmp_path.iterdir())) == 2
+    first, second = sorted(tmp_path.iterdir())
+    first.write_bytes(second.read_bytes())  # one put in the place of another
+    ask(dict(k=1), "b"), ask(dict(k=2), "b")
+    assert len(made) == 5
+    for damaged in ("", "[]", "{}", "{", '{"result": 7}'):
+        for path in tmp_path.iterdir(): path.write_text(damaged)
+        count = len(made)
+        assert ask(dict(k=1), "b") == count + 1
+
+
+@pytest.mark.parametrize("old, new, changes", [
+    ("head / self.total", "head / (self.total + 1)", True), ('"nll": of the text itself', '"nll": of the text', False),
+    ('"Make a set the base"', '"Let a set be the base"', False), ("for b in order:\n        if len(out) == k: break\n", "for b in order:\n\n        if len(out) == k: break\n", False)])
+def test_code_is_known_by_what_it_does(monkeypatch, old, new, changes):
+    read = dynamics._source
+    def edited(module): return read(module).replace(old, new) if module == "search" else read(module)
+    assert old in read("search")
+    before, others = dynamics.code_digest(["search"]), dynamics.code_digest(["estimators"])
+    monkeypatch.setattr(dynamics, "_source", edited)
+    assert (dynamics.code_digest(["search"]) != before) == changes and dynamics.code_digest(["estimators"]) == others
+    assert (dynamics.code_digest(["rivals"]) != before)  # which imports search, and is more
+
+
+@pytest.mark.parametrize("module, imported", [("search", "pruning"), ("search", "layerwise"), ("rivals", "estimators"), ("dynamics", "models")])
+def test_code_that_is_imported_counts(monkeypatch, module, imported):
+    read, before = dynamics._source, dynamics.code_digest([module])
+    monkeypatch.setattr(dynamics, "_source", lambda name: read(name) + ("\nlast = 1\n" if name == imported else ""))
+    assert dynamics.code_digest([module]) != before
 
 
 # One pass, and little memory

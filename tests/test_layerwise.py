@@ -1,15 +1,19 @@
 """Checkpoints that are read one layer at a time: the same states as the loaded model's for every architecture, what is in memory meanwhile, resuming, and bad folders."""
 import json
+import os
+import time
 
 import pandas as pd
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors.torch import load_file, save_file
 
 from conftest import DECODERS, LAYERS, make_decoder
 from entrodrop.dynamics import Profile, measure, measured
 from entrodrop.estimators import ESTIMATORS, bucket_entropy
-from entrodrop.layerwise import Checkpoint, checkpoint_files, checkpoint_identity, safetensors_header, stream_checkpoint
+from entrodrop import layerwise
+from entrodrop.layerwise import Checkpoint, checkpoint_files, checkpoint_identity, dry_run, safetensors_header, stream_checkpoint
 from entrodrop.models import EMBEDDED, fingerprint, load_model, stream
 
 ESTIMATOR = dict(bucket=bucket_entropy)
@@ -142,6 +146,29 @@ def test_killed_run_goes_on_where_it_was(folder, ids, tmp_path, monkeypatch, lay
     assert (f"going on after layer {first - 1}" in capsys.readouterr().out) == (first > 0)
 
 
+@pytest.mark.parametrize("damage", ["lost", "shortened", "zeros", "one byte"])
+def test_states_that_are_not_what_was_written_are_computed_again(folder, ids, tmp_path, monkeypatch, damage, capsys):
+    whole, work = measure(folder, ids, ESTIMATOR, batch_size=2), tmp_path / "work"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(Interrupted): measure(folder, ids, ESTIMATOR, batch_size=2, work=work)
+    states = work / "states-3"
+    data = bytearray(states.read_bytes())
+    if damage == "one byte": data[len(data) // 2] ^= 1
+    states.write_bytes(dict(lost=b"", shortened=data[:-64], zeros=bytes(len(data))).get(damage, data))
+    if damage == "lost": states.unlink()
+    read = interrupt_at(monkeypatch, None)
+    resumed = measure(folder, ids, ESTIMATOR, batch_size=2, work=work)
+    assert read == ["base", *range(LAYERS), "head"]
+    assert "the states that an earlier run left in work are damaged or gone; measuring from the first layer on" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(resumed.table, whole.table, check_exact=True)
+
+
+def test_states_that_are_not_there_are_not_made_up(folder, ids, tmp_path):
+    with pytest.raises(FileNotFoundError, match="states-2 does not hold the states of an earlier run"):
+        for _ in stream_checkpoint(Checkpoint(folder, device="cpu"), ids, lambda *args: None, tmp_path, start=2): pass
+
+
 @pytest.mark.parametrize("change", ["tokens", "batch size", "weights"])
 def test_other_work_is_not_taken_up(folder, ids, tmp_path, monkeypatch, change):
     with monkeypatch.context() as patch:
@@ -194,14 +221,52 @@ def test_header_names_every_tensor(folder):
         assert {n: tuple(t["shape"]) for n, t in safetensors_header(file).items()} == {n: tuple(t.shape) for n, t in load_file(file).items()}
 
 
-def test_identity_depends_on_the_values(folder):
-    files = checkpoint_files(folder)
+@pytest.mark.parametrize("age", [0, 3600])
+def test_identity_sees_one_value_anywhere(folder, age):
+    "Of every tensor; also when the file was read before, and whatever its age then"
+    files, rng = checkpoint_files(folder), torch.Generator().manual_seed(0)
+    for file in files: os.utime(file, (time.time() - age,) * 2)
     before = checkpoint_identity(files)
     assert before == checkpoint_identity(files)
-    tensors = load_file(files[-1])
-    next(iter(tensors.values())).view(-1)[0] += 1
-    save_file(tensors, files[-1], metadata=dict(format="pt"))
-    assert checkpoint_identity(files) != before
+    for file in files:
+        original = file.read_bytes()
+        for name, tensor in load_file(file).items():
+            place = int(torch.randint(tensor.numel(), (), generator=rng))
+            changed = load_file(file)
+            changed[name].view(-1)[place] += 1
+            save_file(changed, file, metadata=dict(format="pt"))
+            assert checkpoint_identity(files) != before, name
+        file.write_bytes(original)
+    assert checkpoint_identity(files) == before
+
+
+def test_a_file_that_stays_as_it_was_is_read_once(folder, monkeypatch):
+    files, read = checkpoint_files(folder), []
+    for file in files: os.utime(file, (time.time() - 3600,) * 2)
+    before = checkpoint_identity(files)
+    monkeypatch.setattr(layerwise, "file_digest", lambda path: read.append(path))
+    assert checkpoint_identity(files) == before and not read
+
+
+def test_a_dry_run_leaves_the_layers_own_forward(folder, ids):
+    "accelerate keeps its hooks in the instance's `forward`, as for a model that is spread over devices"
+    model = load_model(folder, device="cpu")
+    moved = []
+    class Hook(AlignDevicesHook):
+        def pre_forward(self, module, *args, **kwargs):
+            moved.append(module)
+            return super().pre_forward(module, *args, **kwargs)
+    for layer in model.model.layers[::2]: add_hook_to_module(layer, Hook(execution_device="cpu"))
+    before = [vars(layer).get("forward") for layer in model.model.layers]
+    expected = states(model, ids)[2 * LAYERS]
+    assert len(moved) == 3
+    z, calls = dry_run(model, ids)
+    with pytest.raises(IndexError): dry_run(model, ids + 1000)  # also if it fails
+    assert [vars(layer).get("forward") for layer in model.model.layers] == before and [f is None for f in before] == [False, True, False, True, False]
+    with torch.inference_mode():
+        for layer, (args, kwargs) in zip(model.model.layers, calls): z = layer(z, *args, **kwargs)
+    torch.testing.assert_close(z, expected)
+    assert len(moved) == 6
 
 
 def test_missing_file_is_named(folder):
