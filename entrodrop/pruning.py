@@ -18,19 +18,22 @@ from .models import architecture, decoder_config, decoder_layers, fingerprint
 from .nemotron_nas import LinearAttention
 
 # %% ../nbs/02_pruning.ipynb #c0b3ab2d
-PROTECTIONS = ("stage1", "released", "none")
+PROTECTIONS = ("stage1", "literal", "released", "none")
 
 def protected_layers(profile,
-                     estimator,   # whose expansion start `stage1` uses
+                     estimator,   # whose expansion start `stage1` and `literal` use
                      protection,  # one of `PROTECTIONS`
                      protect=(),  # further layers
-                    )->tuple:     # of layer numbers, and the expansion start (None unless `stage1`)
+                    )->tuple:     # of layer numbers, and the first layer that the boundary leaves (None without a boundary)
     "The layers that a plan must not touch. Raises `ValueError` for an unknown rule or a layer that does not exist"
     if protection not in PROTECTIONS: raise ValueError(f"unknown protection {protection!r}; choose {', '.join(PROTECTIONS)}")
     layers = profile.layers
     if wrong := [l for l in protect if l not in range(layers)]: raise ValueError(f"cannot protect layers {wrong}: the model has layers 0 to {layers - 1}")
-    start = expansion_start(profile, estimator).start if protection == "stage1" else None
-    fixed = dict(stage1=range(start or 0), released={0, 1, layers - 1}, none=())[protection]
+    start = None
+    if protection in ("stage1", "literal"):
+        lowest = expansion_start(profile, estimator).start
+        start = max(0, lowest - 1) if protection == "literal" else lowest
+    fixed = {0, 1, layers - 1} if protection == "released" else range(start or 0)
     return tuple(sorted({*fixed, *protect} & set(range(layers)))), start
 
 # %% ../nbs/02_pruning.ipynb #f1c1e31d
@@ -44,7 +47,7 @@ class Plan:
     scores: tuple     # of the blocks of all layers, low is redundant
     protection: str   # the rule
     protected: tuple  # the layers it protects
-    start: int        # expansion start, or None where the rule uses none
+    start: int        # the first layer that the boundary leaves, or None where the rule uses none
     layers: int       # of the model
     provenance: dict  # of the profile
 
@@ -53,7 +56,7 @@ class Plan:
         if len({*self.order} & {*range(self.layers)} - {*self.protected}) != len(self.order):
             raise ValueError(f"the order {list(self.order)} of a plan must name each droppable layer of {self.layers} once, and none of the protected {list(self.protected)}")
         if self.k > len(self.order):
-            where = f"in the expansion stage (layers {self.start} to {self.layers - 1})" if self.protection == "stage1" else f"outside the {len(self.protected)} protected layers"
+            where = f"in the expansion stage (layers {self.start} to {self.layers - 1})" if self.start is not None else f"outside the {len(self.protected)} protected layers"
             name = self.target + ("s" if self.target == "layer" else " blocks")
             raise ValueError(f"k={self.k} but only {len(self.order)} {name} lie {where}; choose k ≤ {len(self.order)} or protect fewer (protection={self.protection!r})")
 
@@ -81,9 +84,9 @@ def plan(profile,            # a `Profile`
          target="attention", # which kind of block: attention, mlp or layer
          criterion="bucket", # an estimator of the profile (entropy increase), "cosine" or "random"
          k=0,                # how many blocks
-         protection=None,    # "stage1", "released" or "none"; None: stage1 for entropy criteria, else none
+         protection=None,    # one of `PROTECTIONS`; None: stage1 for entropy criteria, else none
          protect=(),         # further layers to leave alone
-         boundary="bucket",  # estimator whose boundary `stage1` uses for cosine and random
+         boundary="bucket",  # estimator whose boundary `stage1` and `literal` use for cosine and random
          seed=0,             # of the random criterion
         )->Plan:
     """Order the blocks of one kind by a criterion, mean over calibration samples, lowest first.
@@ -109,8 +112,10 @@ def _attention_result(zero): return zero, None  # beside the contribution, atten
 def _mlp_result(zero): return zero
 
 def _swap(changes, owner, name, value):
-    "Set an attribute and remember the old value"
-    changes.append((owner, name, getattr(owner, name)))
+    "Set an attribute and remember the old value, and whether it was the owner's own or that of its class"
+    old = getattr(owner, name)
+    own = name in vars(owner) or not inspect.ismethod(old)
+    changes.append((owner, name, old, own))
     setattr(owner, name, value)
 
 def _refuse_to_save(*args, **kwargs):
@@ -189,9 +194,9 @@ def _check_maps(plans, maps):
     if wrong := sorted({*maps} - (gone["attention"] - gone["layer"])): raise ValueError(f"linear maps for layers {wrong}, whose attention no plan drops, or which go whole")
 
 def _undo(changes):
-    for owner, name, value in reversed(changes):
-        if inspect.ismethod(value): delattr(owner, name)  # uncovers the method of the class
-        else: setattr(owner, name, value)
+    for owner, name, value, own in reversed(changes):
+        if own: setattr(owner, name, value)
+        else: delattr(owner, name)  # uncovers that of the class
 
 def _check_fits(model, plan, strict):
     "Raise `ValueError` unless the plan was made for a model of this shape and, if `strict`, with these weights"

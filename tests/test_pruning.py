@@ -258,7 +258,7 @@ def score_tables(draw):
 
 @settings(deadline=None, max_examples=100, derandomize=True)
 @given(score_tables(), st.sampled_from(list(BLOCKS)), st.sampled_from(["bucket", "cosine", "random"]),
-       st.sampled_from(["stage1", "released", "none", None]), st.sets(st.integers(0, 9)), st.integers(0, 3))
+       st.sampled_from(["stage1", "literal", "released", "none", None]), st.sets(st.integers(0, 9)), st.integers(0, 3))
 def test_plan_of_anything(scores, target, criterion, protection, protect, seed):
     layers = scores.shape[1]
     protect = {l for l in protect if l < layers}
@@ -268,6 +268,10 @@ def test_plan_of_anything(scores, target, criterion, protection, protect, seed):
     if protection == "stage1" or protection is None and criterion == "bucket":
         climbed = [0, *scores.mean(0).cumsum()]
         assert climbed[p.start] == pytest.approx(min(climbed))
+        protected |= set(range(p.start))
+    elif protection == "literal":
+        lowest = plan(profile_of(scores), target, criterion, 0, "stage1", protect, seed=seed).start
+        assert p.start == max(0, lowest - 1)
         protected |= set(range(p.start))
     else: assert p.start is None
     assert p.protected == tuple(sorted(protected))
@@ -288,7 +292,7 @@ def test_random_criterion_is_its_seed(llama, ids):
 SCORES = np.array([[-1., 3, 0, 2, 5, 1], [-1., 2, 1, 2, 5, 1]])
 
 
-@pytest.mark.parametrize("protection", ["stage1", "released", "none"])
+@pytest.mark.parametrize("protection", ["stage1", "literal", "released", "none"])
 @pytest.mark.parametrize("criterion", ["bucket", "cosine", "random"])
 def test_plan_is_the_same_after_a_round_trip(tmp_path, criterion, protection):
     made = plan(profile_of(SCORES, dict(text=dict(data="pydoc"))), "mlp", criterion, 2, protection, protect=(3,))
@@ -335,7 +339,7 @@ def test_k_that_is_no_count(k):
     (dict(k=7, criterion="random"), "k=7 but only 6 attention blocks lie outside the 0 protected layers; choose k ≤ 6"),
     (dict(target="heads"), "unknown target 'heads'; choose attention, mlp, layer"),
     (dict(criterion="knn"), "unknown criterion 'knn'; choose bucket, cosine, random"),
-    (dict(protection="all"), "unknown protection 'all'; choose stage1, released, none"),
+    (dict(protection="all"), "unknown protection 'all'; choose stage1, literal, released, none"),
     (dict(criterion="cosine", protection="stage1", boundary="knn"), "no estimator 'knn'; choose bucket"),
     (dict(protect=[6]), r"cannot protect layers \[6\]: the model has layers 0 to 5"),
     (dict(protect=[2, -1, 99]), r"cannot protect layers \[-1, 99\]"),
