@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DECODERS, LAYERS, make_decoder
 
-from entrodrop.models import decoder_config, decoder_layers
+from entrodrop.models import decoder_layers, stream
 from entrodrop.pruning import _apply, _undo
 from entrodrop.rivals import Merging, angular_distances, laco, magnitude, merged, nearest_run, taylor
 
@@ -57,9 +57,20 @@ def test_merging_is_taken_back_and_of_two_layers_leaves_the_upper(model, text):
         assert "differ in the shapes of their weights" in str(e)
         got = None
     assert torch.equal(logits(model, text), before)
-    if got is None or len({*(getattr(decoder_config(model), "layer_types", None) or [0])}) > 1: return  # a layer's weights under another layer's window
-    changes = _apply(model, "layer", [1])
-    try: torch.testing.assert_close(got, logits(model, text), rtol=1e-3, atol=1e-3)
+    if got is None:
+        shapes = [[p.shape for p in layer.parameters()] for layer in decoder_layers(model)[1:3]]
+        assert shapes[0] != shapes[1]
+        return
+    torch.testing.assert_close(got, upper_weights_in_the_lower_place(model, text), rtol=1e-3, atol=1e-3)
+
+
+def upper_weights_in_the_lower_place(model, text):
+    "Logits without layer 2, whose weights stand in layer 1: under that layer's window, where windows are mixed"
+    other = copy.deepcopy(model)
+    layers = decoder_layers(other)
+    layers[1].load_state_dict(layers[2].state_dict())
+    changes = _apply(other, "layer", [2])
+    try: return logits(other, text)
     finally: _undo(changes)
 
 
@@ -74,10 +85,31 @@ def test_merging_equal_layers_is_dropping_them(llama, text):
 
 @pytest.mark.parametrize("k", [0, 1, 3])
 def test_laco_stops_at_k(llama, text, k):
-    found = laco(llama, text, k, threshold=-1.1, merge=3)
+    found = laco(llama, text, k, threshold=-1.1, step=None, merge=3)
     assert len(found.rows) == LAYERS - k and len(decoder_layers(llama)) == LAYERS
     for layer, mixture in found.rows: assert sum(mixture.values()) == 1  # of equal layers, the same layer
-    assert len(laco(llama, text, k, threshold=1.1).rows) == LAYERS
+    assert len(laco(llama, text, k, threshold=1.1, step=None).rows) == LAYERS
+
+
+def by_hand_similarity(model, text, merging):
+    states = {}
+    def last(): return states["last"].float()
+    with torch.inference_mode(), stream(model, lambda point, z: states.__setitem__("last", z)): model.base_model(text, use_cache=False)
+    dense = last()
+    with torch.inference_mode(), merged(model, merging), stream(model, lambda point, z: states.__setitem__("last", z)): model.base_model(text, use_cache=False)
+    return torch.cosine_similarity(dense, last(), dim=-1).mean().item()
+
+
+def test_a_threshold_parts_the_merges_that_are_kept_from_those_that_are_not(llama, text):
+    whole = Merging(tuple((i, {i: 1}) for i in range(LAYERS)))
+    similar = {at: by_hand_similarity(llama, text, whole.collapse(at, 1)) for at in (3, 2, 1, 0)}
+    best, others = max(similar.values()), sorted(similar.values())[:-1]
+    (at,) = [i for i, v in similar.items() if v == best]
+    found = laco(llama, text, 1, threshold=(best + others[-1]) / 2, step=None, merge=2)  # only the best pair is similar enough
+    assert found.rows == whole.collapse(at, 1).rows
+    assert laco(llama, text, 1, threshold=(others[0] + others[1]) / 2, step=None, merge=2).rows == whole.collapse(next(i for i, v in similar.items() if v > others[0]), 1).rows
+    lowered = laco(llama, text, 1, threshold=.9999, step=.0005, merge=2)  # and by the highest threshold that lets one go, it is found
+    assert lowered.rows == found.rows and best > lowered.threshold >= best - .0005
 
 
 @pytest.mark.parametrize("wrong,message", [(dict(k=5), "k must lie between 0 and 4"), (dict(merge=1), "merge must be at least 2")])

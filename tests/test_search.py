@@ -1,18 +1,22 @@
 """Searching for sets of blocks, on a random decoder of every supported class: kept states change the cost of a trial and never its result."""
 import copy
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from conftest import DECODERS, make_decoder
 from test_architectures import by_hand
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from entrodrop.dynamics import measure
 from entrodrop.estimators import bucket_entropy
 from entrodrop.models import fingerprint
 from entrodrop.pruning import _apply, _undo, drop, dropped
 from entrodrop.speed import account, savings
-from entrodrop.search import Trials, candidates, change_point, distil, distilled, evolve, exchange, fit_linear, greedy, iterative
+from entrodrop.rivals import angular_distances, laco
+from entrodrop.search import Trials, candidates, change_point, distil, distilled, evolve, exchange, fit_linear, greedy, iterative, layers_share, multiplied
 
 SETS = [{("attention", 1), ("mlp", 3)}, {("layer", 2), ("attention", 0)}, {("mlp", 4)}, {("attention", 1), ("attention", 4)}, {("layer", 0), ("layer", 4)}]
 
@@ -59,6 +63,112 @@ def test_a_trial_costs_the_layers_from_the_first_difference_on(model, text):
     trials.rebase({("layer", 1), ("layer", 3)})
     assert cost({("layer", 1), ("layer", 3), ("mlp", 4)}) == pytest.approx(trials.head + of["attention", 4])
     assert cost({("layer", 1)}) == pytest.approx(trials.head + of["layer", 3] + of["layer", 4])
+
+
+@contextmanager
+def multiplications(model):
+    "What an onlooker counts who knows nothing of blocks: for every matrix that is called, its weights times the tokens that went through it"
+    seen = []
+    def note(module, args, kwargs, output): seen.append(output.shape[:-1].numel() * module.weight.numel())
+    hooks = [m.register_forward_hook(note, with_kwargs=True) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))]
+    try: yield seen
+    finally:
+        for hook in hooks: hook.remove()
+
+
+def every_kind(): return [(target, i) for target in ("attention", "mlp", "layer") for i in range(5)]
+
+
+SEARCHES = dict(
+    greedy=lambda trials, blocks: greedy(trials, blocks, 3),
+    few_tries=lambda trials, blocks: greedy(trials, blocks, 3, tries=2),
+    finalists=lambda trials, blocks: greedy(trials, blocks, 3, tries=3, finalists=1),
+    budget=lambda trials, blocks: greedy(trials, blocks, cost=dict.fromkeys(blocks, 1.), budget=2, finalists=2),
+    exchange=lambda trials, blocks: exchange(trials, [blocks[:2], blocks[1:3]], blocks),
+    exchange_finalists=lambda trials, blocks: exchange(trials, [blocks[:2], blocks[3:5]], blocks, tries=3, finalists=1, rounds=3),
+    evolve=lambda trials, blocks: evolve(trials, blocks, 2, passes=9, offspring=4, start=3),
+    evolve_two_batches=lambda trials, blocks: evolve(trials, blocks, 3, passes=9, offspring=3, survivors=1, batches=2, start=2))
+DENSE_ONLY = [name for name in DECODERS if name not in ("mixtral", "qwen3_moe")]  # of experts, Trials counts all, and a token meets some
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("loss", ["kl", "nll"])
+@pytest.mark.parametrize("kinds", ["attention", "every"])
+def test_every_search_costs_what_an_onlooker_counts(search, loss, kinds, llama, text):
+    blocks = [("attention", i) for i in range(5)] if kinds == "attention" else every_kind()
+    with multiplications(llama) as seen: trials = Trials(llama, text, loss, 2)
+    weights = trials.total * text.numel()
+    assert trials.passes * weights == pytest.approx(sum(seen))
+    with multiplications(llama) as seen: fresh = SEARCHES[search](trials, blocks)
+    assert (fresh.record.passes.iloc[-1] - trials.setup) * weights == pytest.approx(sum(seen))
+    trials.rebase({("layer", 1), ("mlp", 3)})  # whatever the trials were used for before
+    with multiplications(llama) as seen: again = SEARCHES[search](trials, blocks)
+    assert (again.record.passes.iloc[-1] - trials.setup) * weights == pytest.approx(sum(seen))
+
+
+@pytest.mark.parametrize("name", DENSE_ONLY)
+def test_a_part_of_the_text_costs_what_an_onlooker_counts(name, text):
+    model = make_decoder(name)
+    trials = Trials(model, text, batch_size=4)  # of six sequences: batches of four and two
+    for base in ((), {("attention", 2)}, {("layer", 1), ("mlp", 3)}):
+        trials.rebase(base)
+        for blocks in ((), {("attention", 3)}, {("layer", 2), ("mlp", 4), ("attention", 2)}):
+            for batches, samples in ((None, 6), ([0], 4), ([1], 2), ([0, 1], 6)):
+                before = trials.passes
+                with multiplications(model) as seen: assert len(trials.losses(blocks, batches)) == samples
+                assert (trials.passes - before) * trials.total * text.numel() == pytest.approx(sum(seen)), (base, blocks, batches)
+
+
+@pytest.mark.parametrize("target", ["attention", "mlp", "layer"])
+def test_what_is_measured_anew_costs_what_an_onlooker_counts(target, llama, text):
+    weights, head = multiplied(llama)
+    total = (head + sum(n for (kind, _), n in weights.items() if kind == "layer")) * text.numel()
+    with multiplications(llama) as seen: found = iterative(llama, text, target, "cosine", 3, {})
+    assert found.record.passes.iloc[-1] * total == pytest.approx(sum(seen))
+    with multiplications(llama) as seen: angular_distances(llama, text)
+    assert layers_share(llama) * total == pytest.approx(sum(seen))
+    for k, threshold in ((2, .9), (3, 0.), (1, .999)):
+        with multiplications(llama) as seen: found = laco(llama, text, k, threshold, merge=2, interval=1)
+        assert found.passes * total == pytest.approx(sum(seen))
+
+
+def overlap(blocks): return any(a != b and a[1] == b[1] and "layer" in (a[0], b[0]) for a in blocks for b in blocks)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 9, 10])
+def test_evolution_drops_k_blocks_of_any_kinds_and_none_twice(llama, text, k):
+    for seed in range(5):
+        found = evolve(Trials(llama, text), every_kind(), k, passes=1000, seed=seed, offspring=4, start=4, generations=4)
+        assert len(found.order) == len({*found.order}) == k and not overlap(found.order)
+
+
+def test_a_set_that_names_a_layer_and_its_attention_costs_what_the_layer_does(llama, text):
+    trials = Trials(llama, text)
+    both, layer = {("layer", 2), ("attention", 2), ("mlp", 4)}, {("layer", 2), ("mlp", 4)}
+    for act in (trials.losses, trials.rebase):
+        spent = []
+        for blocks in (both, layer):
+            trials.rebase(())
+            before = trials.passes
+            act(blocks)
+            spent.append(trials.passes - before)
+        assert spent[0] == pytest.approx(spent[1]) and spent[1] > 0
+    np.testing.assert_array_equal(trials.losses(both), trials.losses(layer))
+
+
+def test_weights_that_are_not_finite_are_refused_and_predictions_are_infinitely_far(llama, text):
+    broken = copy.deepcopy(llama)
+    broken.model.layers[3].mlp.up_proj.weight.data[7, 5] = np.nan
+    for search in (lambda: Trials(broken, text), lambda: fit_linear(broken, [1], text), lambda: iterative(broken, text, "attention", "cosine", 2, {}),
+                   lambda: distilled(broken, by_hand("attention", (1,)), text, steps=1).__enter__()):
+        with pytest.raises(ValueError, match="1 weights of the model hold NaN or infinite values: model.layers.3.mlp.up_proj.weight"): search()
+    huge = copy.deepcopy(llama)
+    huge.model.norm.weight.data.fill_(1e38)
+    huge.lm_head.weight.data.fill_(1e38)
+    with pytest.raises(ValueError, match="predictions are not finite"): Trials(huge, text)
+    trials = Trials(llama, text)
+    trials._logits = lambda z: torch.full((z.shape[0], 100), torch.nan)
+    assert (trials.losses({("attention", 1)}) == np.inf).all()
 
 
 def test_linear_maps_leave_no_trace_and_cached_generation_agrees(model, text):
@@ -197,7 +307,7 @@ def test_a_second_search_on_the_same_trials_costs_what_the_first_did(llama, text
 def test_a_part_of_the_text_costs_its_share_of_the_sequences(llama, text):
     trials = Trials(llama, text, batch_size=4)  # of six
     before = trials.passes
-    assert len(trials.losses((), 1)) == 4 and (trials.passes - before) * trials.total == pytest.approx(trials.head * 4 / 6)
+    assert len(trials.losses((), [0])) == 4 and (trials.passes - before) * trials.total == pytest.approx(trials.head * 4 / 6)
 
 
 def test_racing_judges_fewer_on_all_of_the_text(llama, text):
@@ -207,7 +317,7 @@ def test_racing_judges_fewer_on_all_of_the_text(llama, text):
     losses = trials.losses
     trials.losses = lambda blocks, batches=None: judged.append(batches) or losses(blocks, batches)
     raced, full = greedy(trials, every, 2, finalists=2), greedy(Trials(llama, text, batch_size=2), every, 2)
-    assert judged == [1] * 5 + [None] * 2 + [1] * 4 + [None] * 2 and raced.record.passes.iloc[-1] < full.record.passes.iloc[-1]
+    assert judged == [[0]] * 5 + [None] * 2 + [[0]] * 4 + [None] * 2 and raced.record.passes.iloc[-1] < full.record.passes.iloc[-1]
 
 
 def test_a_change_point_is_found_beside_outliers_and_not_invented():
@@ -223,7 +333,7 @@ def test_a_change_point_is_found_beside_outliers_and_not_invented():
 
 def test_a_killed_search_leaves_the_model_whole(llama, text, monkeypatch):
     before, trials = log_probabilities(llama, text), Trials(llama, text)
-    monkeypatch.setattr(trials, "_log_probabilities", lambda z: 1 / 0)
+    monkeypatch.setattr(trials, "_logits", lambda z: 1 / 0)
     with pytest.raises(ZeroDivisionError): greedy(trials, [("attention", 1), ("attention", 2)], 2)
     with pytest.raises(ZeroDivisionError), dropped(llama, by_hand("attention", (1,)), maps=fit_linear(llama, [1], text)): 1 / 0
     assert torch.equal(log_probabilities(llama, text), before)
@@ -272,6 +382,8 @@ def test_measured_anew_ranks_what_is_left(llama, text):
     (lambda m, t: Trials(m, t[0]), "must have shape"), (lambda m, t: Trials(m, t[:, :1], "nll"), "must have shape"), (lambda m, t: Trials(m, t, "ppl"), "unknown loss 'ppl'; choose kl or nll"),
     (lambda m, t: greedy(Trials(m, t), [("attention", 0), ("layer", 0)], 2), "after 1 blocks no candidate is left"), (lambda m, t: greedy(Trials(m, t), [("attention", 0)]), "either k, or a budget"),
     (lambda m, t: greedy(Trials(m, t), [("attention", 0)], cost={("attention", 0): 3}, budget=4), "budget=4, but after 1 blocks, which save 3, no candidate"),
+    (lambda m, t: greedy(Trials(m, t), every_kind(), 1.5), "k must be a whole number of at least 1, got 1.5"), (lambda m, t: greedy(Trials(m, t), every_kind(), 2, tries=0), "tries must be a whole number"),
+    (lambda m, t: evolve(Trials(m, t), every_kind(), 2, 9, offspring=0), "offspring must be a whole number"), (lambda m, t: evolve(Trials(m, t), every_kind(), 11, 9), "k=11, but only 10 of the candidates can be dropped together"),
     (lambda m, t: exchange(Trials(m, t), [], [("attention", 0)]), "sets of one size, got none"), (lambda m, t: fit_linear(m, [7], t), "no layers \\[7\\]"),
     (lambda m, t: dropped(m, by_hand("attention", (1,)), maps={2: torch.zeros(64, 64)}).__enter__(), "linear maps for layers \\[2\\], whose attention no plan drops"),
     (lambda m, t: dropped(m, by_hand("attention", (1,)), maps={1: torch.zeros(64, 32)}).__enter__(), "must have shape \\(64, 64\\)"),
