@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .calibration import data_folder
 from .dynamics import write_text
 from .layerwise import Checkpoint
-from .models import describe_model, load_model, load_tokenizer
+from .models import check_weights, describe_model, load_model, load_tokenizer
 from .pruning import dropped
 
 # %% ../nbs/03_benchmarks.ipynb #6db6f3a7
@@ -148,6 +148,7 @@ def _versions(*packages): return {p: importlib.metadata.version(p) for p in pack
 
 def _facts(model, tokenizer, batch_size):
     "What all cells of a sweep with a model in memory depend on"
+    check_weights(model)
     facts = describe_model(model, "")
     vocabulary = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:16]
     return dict(model={n: facts[n] for n in ("fingerprint", "dtype", "device")}, batch_size=batch_size, tokenizer=vocabulary, versions=_versions("lm_eval", "torch", "transformers"))
@@ -183,12 +184,20 @@ def _loaded(name, batch_size, engine, options):
 
 Cell = namedtuple("Cell", "path contents plan task limit")
 
-def _read(path):
+def _read(cell):
     "The rows in a cell's file"
-    try: cell = json.loads(path.read_text(encoding="utf-8"))
+    path = cell.path
+    try: found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e: raise ValueError(f"{path} is damaged ({e}); delete it, and it is evaluated again") from e
-    if cell["format"] > FORMAT: raise ValueError(f"{path} was written by a newer version of entrodrop (format {cell['format']}, this one knows {FORMAT}); update entrodrop, or use another store")
-    return cell["rows"]
+    if found["format"] > FORMAT: raise ValueError(f"{path} was written by a newer version of entrodrop (format {found['format']}, this one knows {FORMAT}); update entrodrop, or use another store")
+    if found["cell"] != json.loads(json.dumps(cell.contents)):
+        raise ValueError(f"{path} holds the rows of another cell: {_difference(found['cell'], cell.contents)}. Was it renamed? Delete it, and it is evaluated again")
+    return found["rows"]
+
+def _difference(found, wanted):
+    "The first entry in which two cells differ, in words"
+    name = next(n for n in sorted({*found, *wanted}) if found.get(n) != wanted.get(n))
+    return f"{name} is {found.get(name)!r} there and {wanted.get(name)!r} here"
 
 def _fill(lm, model, cell, wait):
     "Evaluate a cell and write its file, unless it is there, or (without `wait`) another process is at it"
@@ -254,7 +263,7 @@ def sweep(model,        # a decoder in memory; or what names one: a Hub id, a fo
          )->pd.DataFrame: # rows, with `label`, `criterion`, `protection`, `target` and `k` of their plan
     """Evaluate a model, and every plan for it, on every task; finished cells are read from `store`. All task names are checked first.
 
-    Raises `ValueError` for an unknown task or engine, for a model in memory where workers are to load it, and for plans with vLLM, which evaluates
+    Raises `ValueError` for an unknown task or engine, for weights that are not finite, for a model in memory where workers are to load it, and for plans with vLLM, which evaluates
     what is saved; `OSError` where data cannot be loaded or the disk is full; `RuntimeError` if workers die and nothing more gets done. Finished cells are kept."""
     named = not isinstance(model, nn.Module)
     if engine not in ("transformers", "vllm"): raise ValueError(f"unknown engine {engine!r}; choose transformers or vllm")
@@ -287,7 +296,7 @@ def sweep(model,        # a decoder in memory; or what names one: a Hub id, a fo
                         if not _died(e): raise
                         if not any(cell.path.exists() for cell in missing):
                             raise RuntimeError(f"a worker died ({type(e).__name__}) and no further cell was finished. Is the memory too small for {jobs} models? Lower jobs or batch_size. {len(todo) - len(missing)} finished cells are kept in {store}") from e
-    tables = [pd.DataFrame(_read(cell.path)).assign(label=name, criterion=cell.plan.criterion if cell.plan else label, protection=cell.plan.protection if cell.plan else "none",
+    tables = [pd.DataFrame(_read(cell)).assign(label=name, criterion=cell.plan.criterion if cell.plan else label, protection=cell.plan.protection if cell.plan else "none",
                                                     target=cell.plan.target if cell.plan else "none", k=cell.plan.k if cell.plan else 0) for (name, _), cell in cells.items()]
     return pd.concat(tables, ignore_index=True)
 

@@ -1,5 +1,5 @@
 "The way from plans to rows: real tasks, resumed runs, several processes, errors that help"
-import errno, json, math, os, signal, subprocess, sys, time
+import copy, errno, json, math, os, signal, subprocess, sys, time
 from pathlib import Path
 import lm_eval, numpy as np, pandas as pd, pytest, torch
 from lm_eval.models.huggingface import HFLM
@@ -56,6 +56,22 @@ def test_a_killed_sweep_resumes(word_model, profile, tmp_path, monkeypatch):
     assert len(calls) == 2
     calls.clear()
     assert sweep(*arguments).equals(first) and not calls
+
+def test_rows_of_another_cell_are_not_returned(word_model, profile, tmp_path):
+    arguments = (*word_model, {"a": plan(profile, "attention", "cosine", 1), "b": plan(profile, "mlp", "cosine", 1)}, ["piqa:validation"], tmp_path, 4)
+    sweep(*arguments)
+    first, second, _ = sorted(tmp_path.glob("*.json"))
+    kept = first.read_text()
+    first.write_text(second.read_text())
+    with pytest.raises(ValueError, match=rf"{first.name} holds the rows of another cell: (drop|target) is .* there and .* here"): sweep(*arguments)
+    first.write_text(kept)
+    sweep(*arguments)
+
+def test_weights_that_are_not_finite_are_not_evaluated(word_model, tmp_path):
+    model = copy.deepcopy(word_model[0])
+    model.model.layers[1].self_attn.q_proj.weight.data[3, 2] = math.inf
+    with pytest.raises(ValueError, match="1 weights of the model hold NaN or infinite values: model.layers.1.self_attn.q_proj.weight"): sweep(model, word_model[1], {}, ["piqa:validation"], tmp_path, 2)
+    assert not list(tmp_path.glob("*.json"))
 
 def test_another_limit_is_another_cell(word_model, tmp_path):
     for limit, cells in ((3, 1), (4, 2), (3, 2)):
@@ -209,7 +225,7 @@ def test_intervals_cover_what_is_true():
 
 HUB = os.environ.get("HF_DATASETS_CACHE")
 
-@pytest.mark.skipif(not HUB, reason="HF_DATASETS_CACHE names no offline copy of the Hub's benchmark data")
+@pytest.mark.skipif(not HUB, reason="needs a copy of the Hub's benchmark data: make test-tasks HF_DATASETS_CACHE=folder")
 @pytest.mark.parametrize("task", PAPER_TASKS)
 def test_the_papers_tasks_run_from_the_hubs_cache(word_model, task):
     rows = evaluate(HFLM(pretrained=word_model[0], tokenizer=word_model[1], batch_size=8), task, 6)
