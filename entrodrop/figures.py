@@ -247,9 +247,9 @@ def plot_boundaries(increases, # DataFrame: estimator, sample, layer, score (nat
     return fig
 
 # %% ../nbs/api/figures.ipynb #5f3a9e21
-def plot_speed(ratios, # DataFrame: target, k, batch, context, phase, ratio, low, high, limit
+def plot_speed(ratios, # DataFrame: target, k, batch, context, phase, ratio, low, high, estimate
               ):       # matplotlib figure
-    "Time as a share of the dense model's: a panel a phase and shape, a colour a target; hollow: what operations (prefill) or bytes (decoding) allow. Intervals that reach far beyond all values are cut off at the top"
+    "Time as a share of the dense model's: a panel a phase and shape, a colour a target; hollow: the estimate by operations (prefill) or bytes (decoding). Intervals that reach far beyond all values are cut off at the top"
     panels = list(ratios[["phase", "batch", "context"]].drop_duplicates().sort_values(["phase", "batch", "context"], ascending=[False, True, True]).itertuples(index=False))
     fig, axes = _panels(panels, -(-len(panels) // 2), 2 + 2.2 * -(-len(panels) // 2), 2.3)
     for ax, panel in zip(axes, panels):
@@ -258,11 +258,11 @@ def plot_speed(ratios, # DataFrame: target, k, batch, context, phase, ratio, low
             r = r.sort_values("k")
             x = r.k + .5 * (i - 1)
             ax.errorbar(x, r.ratio, [(r.ratio - r.low).clip(0), (r.high - r.ratio).clip(0)], fmt="os^"[i % 3], ms=4, lw=1, color=f"C{i}", label=target)
-            ax.plot(x, r.limit, "os^"[i % 3], ms=7, mfc="none", color=f"C{i}", alpha=.7)
+            ax.plot(x, r.estimate, "os^"[i % 3], ms=7, mfc="none", color=f"C{i}", alpha=.7)
         ax.axhline(1, color="black", lw=.6)
-        ax.set_ylim(top=min(ax.get_ylim()[1], 1.1 * max(1, *part.ratio, *part.limit)))
+        ax.set_ylim(top=min(ax.get_ylim()[1], 1.1 * max(1, *part.ratio, *part.estimate)))
         ax.set(title=f"{panel.phase}, {panel.batch} × {panel.context}", xticks=sorted({*ratios.k}), xlabel="blocks dropped (k)", ylabel="time / dense")
-    handles = dict(pair[::-1] for pair in zip(*axes[0].get_legend_handles_labels())) | {"limit": mpl.lines.Line2D([], [], marker="o", mfc="none", color="gray", ls="")}
+    handles = dict(pair[::-1] for pair in zip(*axes[0].get_legend_handles_labels())) | {"estimate": mpl.lines.Line2D([], [], marker="o", mfc="none", color="gray", ls="")}
     fig.legend(handles.values(), handles.keys(), loc="outside right center")
     return fig
 
