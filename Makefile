@@ -1,13 +1,13 @@
 # Everything a user or CI runs. `make demo` and `make test` need Python 3.10 or newer and make, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
-NOTEBOOKS := api/figures 00_entropy_estimators api/nemotron_nas api/models api/layerwise api/calibration 01_two_stage_dynamics 02_pruning 03_benchmarks api/speed api/gguf_files 04_checkpoints_and_speed api/rivals 05_beyond_the_paper api/regenerate index
+NOTEBOOKS := api/figures api/stats 00_entropy_estimators api/nemotron_nas api/models api/layerwise api/calibration 01_two_stage_dynamics 02_pruning 03_benchmarks api/speed api/gguf_files 04_checkpoints_and_speed api/rivals 05_beyond_the_paper api/regenerate index
 STUDIES := ablations boundary budgets calibration_sets cost_of_measuring healing larger_than_memory
 MODEL ?= smollm2-135m
 QUIET := HF_HUB_OFFLINE=1 TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error
 STATE := { git status --porcelain -- nbs entrodrop README.md; git diff -- nbs entrodrop README.md; } | git hash-object --stdin
 
-.PHONY: install demo figures test test-serving check notebooks bench bench-large bench-speed bench-tasks bench-search bench-search-wikitext studies readme lab clean
+.PHONY: install demo figures test test-serving test-cluster test-tasks check notebooks bench bench-large bench-speed bench-tasks bench-search bench-search-wikitext studies readme lab clean
 
 install: .venv/.installed
 
@@ -35,6 +35,15 @@ test: check
 # vLLM and llama.cpp, each in an environment of its own under .serving (4 GB; llama.cpp compiles for about ten minutes), on real pruned checkpoints
 test-serving: install .serving/.installed
 	HF_HUB_OFFLINE=1 ENTRODROP_SERVING=$(CURDIR)/.serving $(BIN)/python -m pytest -q tests/test_serving.py
+
+# Sweeps on local clusters of Ray and Dask, which are installed beside the rest
+test-cluster: install
+	$(BIN)/pip install --quiet --use-pep517 -e ".[cluster]"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_cluster.py
+
+# The paper's tasks from a copy of the Hub's data: make test-tasks HF_DATASETS_CACHE=folder
+test-tasks: install
+	HF_HUB_OFFLINE=1 HF_DATASETS_CACHE="$(HF_DATASETS_CACHE)" $(BIN)/python -m pytest -q tests/test_benchmarks.py -k papers_tasks
 
 .serving/.installed:
 	$(PYTHON) -m venv .serving/vllm

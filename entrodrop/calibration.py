@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'FILES', 'HUB', 'data_folder', 'Hub', 'documents', 'shared_runs', 'Text', 'load_text', 'Calibration',
-           'calibration_batch', 'heldout_windows', 'Perplexity', 'perplexity']
+           'calibration_batch', 'heldout_windows', 'window_documents', 'Perplexity', 'perplexity']
 
 # %% ../nbs/api/calibration.ipynb #c62787aa
 import hashlib, importlib.util, json, math, random, re
@@ -230,22 +230,31 @@ def calibration_batch(tokenizer,
     return Calibration(torch.tensor(windows), dict(data=text.data, sha256=text.sha256, samples=samples, length=length, seed=seed) | found)
 
 # %% ../nbs/api/calibration.ipynb #f3eba9b5
+def _cuts(tokenizer, text, windows, length):
+    "Windows of the held-out documents, first those that come first in theirs: (place in its document, its document, token ids)"
+    if windows < 1 or length < 2: raise ValueError(f"at least one window of two tokens is needed, got windows={windows}, length={length}")
+    cuts = []
+    for document, doc in enumerate(text.heldout):
+        ids = tokenizer(doc, verbose=False).input_ids
+        prefix = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+        ids, size = ids[len(prefix):], length - len(prefix)
+        starts = range(0, len(ids) - size + 1, size)
+        cuts += [(place, document, prefix + ids[start:start + size]) for place, start in enumerate(starts)]
+    if len(cuts) < windows:
+        raise ValueError(f"the held-out part of {text.data!r} has {len(cuts)} windows of {length} tokens, not {windows}; ask for fewer or shorter ones")
+    return sorted(cuts, key=lambda c: c[0])[:windows]
+
 def heldout_windows(tokenizer,
                     text,       # a `Text`
                     windows=8,
                     length=256, # tokens each
                    )->Tensor:   # token ids `(windows, length)`
     "Windows of the held-out documents, none overlapping, from as many documents as there are. Raises `ValueError` if there are fewer"
-    if windows < 1 or length < 2: raise ValueError(f"at least one window of two tokens is needed, got windows={windows}, length={length}")
-    cuts = []
-    for doc in text.heldout:
-        ids = tokenizer(doc, verbose=False).input_ids
-        prefix = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
-        ids, size = ids[len(prefix):], length - len(prefix)
-        cuts += [(number, prefix + ids[start:start + size]) for number, start in enumerate(range(0, len(ids) - size + 1, size))]
-    if len(cuts) < windows:
-        raise ValueError(f"the held-out part of {text.data!r} has {len(cuts)} windows of {length} tokens, not {windows}; ask for fewer or shorter ones")
-    return torch.tensor([cut for _, cut in sorted(cuts, key=lambda c: c[0])[:windows]])
+    return torch.tensor([ids for _, _, ids in _cuts(tokenizer, text, windows, length)])
+
+def window_documents(tokenizer, text, windows=8, length=256)->list:
+    "The number of the held-out document of each of the windows of `heldout_windows`: windows of one document are alike"
+    return [document for _, document, _ in _cuts(tokenizer, text, windows, length)]
 
 def _interval(x):
     "Exponential of the mean, and its 95 % interval by Student's t"

@@ -4,6 +4,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # the libraries read it when they are imported
 
 import importlib.util
+from collections import Counter
 
 import pytest
 import torch
@@ -14,6 +15,21 @@ from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma3Config, Gemm
 from entrodrop.models import load_model, load_tokenizer
 
 LAYERS = 5
+
+
+def skipped_in_a_line(reports):
+    "What was skipped, and which command runs it: each test that needs something names both in its reason"
+    reasons = Counter(r.longrepr[2].removeprefix("Skipped: ") for r in reports)
+    if not reasons: return "no test was skipped"
+    return f"{len(reports)} tests were skipped: " + "; ".join(f"{n} ({reason})" for reason, n in reasons.most_common())
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    "The last line of a run"
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and not hasattr(config, "workerinput"): print(skipped_in_a_line(reporter.stats.get("skipped", [])))
+
 
 
 def tiny(config_class, **fields):

@@ -241,7 +241,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     "The validation and test splits of WikiText-2, as the library keeps what it has downloaded"
-    if not (SHARED / "hub/Salesforce___wikitext").is_dir(): pytest.skip(f"no cache of WikiText-2 in {SHARED.name}/hub; set ENTRODROP_SHARED to the folder that has it")
+    if not (SHARED / "hub/Salesforce___wikitext").is_dir(): pytest.skip(f"needs a cache of WikiText-2: make test ENTRODROP_SHARED=folder with hub/")
     shutil.copytree(SHARED / "hub/Salesforce___wikitext", tmp_path / "Salesforce___wikitext")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
 
@@ -458,7 +458,7 @@ def test_titles_begin_articles(hub, rows, articles):
 
 
 def test_web_pages_by_way_of_a_stream(tmp_path, monkeypatch):
-    if not (SHARED / "text/c4_sample.jsonl").is_file(): pytest.skip(f"no sample of C4 in {SHARED.name}/text; set ENTRODROP_SHARED to the folder that has it")
+    if not (SHARED / "text/c4_sample.jsonl").is_file(): pytest.skip(f"needs a sample of C4: make test ENTRODROP_SHARED=folder with text/c4_sample.jsonl")
     shard = tmp_path / HUB["c4"].files
     shard.parent.mkdir()
     shard.write_bytes(gzip.compress((SHARED / "text/c4_sample.jsonl").read_bytes()))

@@ -15,13 +15,13 @@ except ModuleNotFoundError as e: pytest.skip(str(e), allow_module_level=True)
 
 
 def ray_cluster():
-    ray = pytest.importorskip("ray", reason="ray is not installed (an extra: cluster)")
+    ray = pytest.importorskip("ray", reason="needs Ray and Dask: make test-cluster")
     ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, runtime_env=dict(env_vars=dict(PYTHONPATH=os.path.dirname(__file__))))
     return ray.shutdown, dict(ray_remote_args=dict(num_cpus=1))
 
 
 def dask_cluster():
-    distributed = pytest.importorskip("distributed", reason="dask is not installed (an extra: cluster)")
+    distributed = pytest.importorskip("distributed", reason="needs Ray and Dask: make test-cluster")
     client = distributed.Client(n_workers=2, threads_per_worker=1, dashboard_address=None)
     return client.shutdown, {}
 
