@@ -111,6 +111,7 @@ class Checkpoint:
         self.names = defaultdict(list)
         for name in self.order: self.names[self._part(name)].append(name)
         self.parts, self.bytes = self._divide()
+        self._check_complete()
         self.digests, self.bytes_read, self.seconds = {}, 0, dict(reading=0., computing=0., visiting=0.)
 
     def _part(self, name):
@@ -132,6 +133,18 @@ class Checkpoint:
                 sizes[part] += self.sizes[key]
         return dict(parts), dict(sizes)
 
+    def _check_complete(self):
+        "Raise `ValueError` where tensors of the model are not in the files, or files hold layers that the config does not know"
+        there, layers = {*self.targets.values()}, len(decoder_layers(self.model))
+        if absent := [n for n in self.order if n not in there]: self._refuse(absent)
+        extra = sorted(key for part, keys in self.parts.items() if isinstance(part, int) and part >= layers for key in keys)
+        if extra: raise ValueError(f"{self.name!r} holds {extra[0]}, and its config.json says that there are {layers} layers; is that its own?")
+
+    def _refuse(self, names):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ValueError(f"{self.name!r} holds no usable {names[0]} of shape {tuple(self.model.get_parameter(names[0]).shape)}{more}; "
+                         "is the checkpoint complete, and its config.json its own?")
+
     def read(self, part):
         "Read a part (a layer's number, `base` or `head`) into the model"
         start, keys = perf_counter(), self.parts.get(part, {}) if self.names[part] else {}
@@ -141,7 +154,8 @@ class Checkpoint:
             convert_and_load_state_dict_in_model(self.model, slices, LoadStateDictConfig(device_map={"": self.device}, dtype=self.dtype, weight_mapping=self._conversions))
         self.bytes_read += self.bytes[part] if keys else 0
         for name in self.names[part]:
-            if (p := self.model.get_parameter(name)).is_meta: raise ValueError(f"{self.name!r} holds no usable {name} of shape {tuple(p.shape)}; is the checkpoint complete, and its config.json its own?")
+            p = self.model.get_parameter(name)
+            if p.is_meta: self._refuse([name])
             self.digests[name] = parameter_digest(name, p).hex()
         self.seconds["reading"] += perf_counter() - start
 

@@ -551,9 +551,14 @@ def advice(searches, # table of the larger run of this chapter
     "For each share of parameters, operations and cache: what has the lowest perplexity of all that saves it, and the cheapest within 5 % of that; first, what is left out"
     full = searches.seeds == searches.seeds.max()
     fewer, a, b = sorted({*searches.method[~full]}), searches[full & (searches.method != "random")], budgets
-    a = a.assign(way=[f"{r.method}, {r.k} × {r.target}" for r in a.itertuples()])
-    b = b.assign(way=[f"{'' if 'cosine' in r.way else 'greedy KL under a budget: '}{r.way}, {r.layer + r.mlp + r.attention} blocks" for r in b.itertuples()], ratio=np.exp(b.difference))
-    options, lines = concat([a, b]), [f"of {len({*searches.method}) + b.way.nunique()} ways, without random choice" + (f" and what ran on fewer draws of text ({', '.join(fewer)})" if fewer else "") + ":"]
+    a = a.assign(way=[f"{r.method}, {r.k} × {r.target}" for r in a.itertuples()], low=a.windows_low, high=a.windows_high)
+    greedy_or_not = ["" if "cosine" in w else "greedy KL under a budget: " for w in b.way]
+    b = b.assign(way=[f"{g}{r.way}, {r.layer + r.mlp + r.attention} blocks" for g, r in zip(greedy_or_not, b.itertuples())],
+                 ratio=np.exp(b.difference), low=np.exp(b.low), high=np.exp(b.high))
+    left_out = "random choice" + (f" and what ran on fewer draws of text ({', '.join(fewer)})" if fewer else "")
+    lines = [f"of {a.way.nunique() + b.way.nunique()} ways, without {left_out}; those under a budget ran on one draw of text, the others on {searches.seeds.max():.0f}:"]
+    def said(r): return f"{r.way}, perplexity × {r.ratio:.2f} [{r.low:.2f}, {r.high:.2f}], {r.tokens / 1000:,.0f} thousand tokens"
+    options = concat([a, b])
     for share in shares:
         for column, name in (("saved_parameters", "layers' parameters"), ("saved_flops", "layers' operations in a prefill"), ("saved_kv_bytes", "key-value cache")):
             part = options[options[column] >= share]
@@ -561,5 +566,5 @@ def advice(searches, # table of the larger run of this chapter
             best = part.iloc[part.ratio.argmin()]
             near = part[part.ratio <= 1.05 * best.ratio]
             cheap = near.iloc[near.tokens.argmin()]
-            lines.append(f"to save {share:.0%} of the {name}: {best.way}, perplexity × {best.ratio:.2f}, {best.tokens / 1000:,.0f} thousand tokens" + (f"; cheapest within 5 %: {cheap.way}, × {cheap.ratio:.2f}, {cheap.tokens / 1000:,.0f} thousand" if cheap.way != best.way else ""))
+            lines.append(f"to save {share:.0%} of the {name}: {said(best)}" + (f"; cheapest within 5 %: {said(cheap)}" if cheap.way != best.way else ""))
     return lines

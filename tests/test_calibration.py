@@ -23,7 +23,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from hypothesis import given, settings, strategies as st
 
 from entrodrop import calibration
-from entrodrop.calibration import HUB, Hub, Perplexity, Text, calibration_batch, documents, heldout_windows, load_text, perplexity, shared_runs
+from entrodrop.calibration import HUB, Hub, Perplexity, Text, calibration_batch, documents, heldout_windows, load_text, perplexity, shared_runs, window_documents
 
 
 def write_jsonl(path, docs, **options):
@@ -549,3 +549,15 @@ def test_interval_and_ratio_by_hand():
 @pytest.mark.parametrize("shape", [(40,), (1, 40), (4, 1), (2, 3, 40)])
 def test_windows_of_the_wrong_shape(llama, shape):
     with pytest.raises(ValueError, match=re.escape(f"both at least 2, got {shape}")): perplexity(llama, torch.ones(shape, dtype=int))
+
+
+def test_the_document_of_every_window_is_known():
+    class Words:
+        bos_token_id = 0
+        def __call__(self, text, verbose): return SimpleNamespace(input_ids=[0, *map(int, text.split())])
+    numbers = [range(100, 130), range(200, 207), range(300, 319)]
+    text = Text("made up", [], [" ".join(map(str, n)) for n in numbers])
+    windows, documents = (f(Words(), text, 6, 6) for f in (heldout_windows, window_documents))
+    assert documents == [0, 1, 2, 0, 2, 0]
+    assert all(ids[0] == 0 and {*ids[1:].tolist()} <= {*numbers[d]} for ids, d in zip(windows, documents))
+    assert len({int(i) for ids in windows for i in ids[1:]}) == 6 * 5  # none overlaps

@@ -10,6 +10,8 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors.torch import load_file, save_file
 
 from conftest import DECODERS, LAYERS, make_decoder
+from test_architectures import by_hand
+from entrodrop.checkpoints import save
 from entrodrop.dynamics import Profile, measure, measured
 from entrodrop.estimators import ESTIMATORS, bucket_entropy
 from entrodrop import layerwise
@@ -321,3 +323,12 @@ def test_progress_bars_are_left_as_they_were(folder, ids, tmp_path):
     shown = logging.is_progress_bar_enabled()
     for _ in stream_checkpoint(Checkpoint(folder), ids, lambda *args: None, tmp_path): pass
     assert logging.is_progress_bar_enabled() == shown
+
+
+@pytest.mark.parametrize("layers, message", [(8, "holds no usable model.layers.5.self_attn.q_proj.weight of shape .* and 26 more"), (3, "holds model.layers.3.* says that there are 3 layers")])
+def test_a_config_that_is_not_its_own_is_refused_before_anything_is_read_or_written(folder, layers, message, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(num_hidden_layers=layers)))
+    with pytest.raises(ValueError, match=message): Checkpoint(folder)
+    with pytest.raises(ValueError, match=message): save(str(folder), by_hand("attention", (1,), layers=layers), tmp_path / "saved", strict=False)
+    assert not (tmp_path / "saved").exists()
