@@ -129,7 +129,7 @@ class Trials:
 
     def _compute(self, blocks, start):
         "Let the kept states be those without these blocks, of which those before `start` are so already"
-        for states, after in zip(self.states, self._after(blocks, start, range(len(self.ids)))): states[start + 1:] = after
+        for after, states in zip(self._after(blocks, start, range(len(self.ids))), self.states): states[start + 1:] = after
         self.passes += self._work(blocks, start)
 
     def _start(self, blocks): return min((i for _, i in self.base ^ blocks), default=len(self.layers))
@@ -158,7 +158,7 @@ class Trials:
         blocks, found = _normal(blocks), []
         batches = range(len(self.ids)) if batches is None else batches
         start = self._start(blocks)
-        for batch, after in zip(batches, self._after(blocks, start, batches)):
+        for after, batch in zip(self._after(blocks, start, batches), batches):  # in this order: it goes on until the blocks are back
             found += self._losses_of(batch, after[-1] if after else self.states[batch][start])
         share = len(found) / sum(map(len, self.ids))
         self.passes += share * (self._work(blocks, start) + self.head / self.total)
