@@ -1,4 +1,5 @@
-"""Checkpoints that are read one layer at a time: the same states as the loaded model's for every architecture, what is in memory meanwhile, resuming, and bad folders."""
+"""Checkpoints that are read one layer at a time: the same states as the loaded model's for every architecture, what is
+in memory meanwhile, resuming, and bad folders."""
 import json
 import os
 import time
@@ -7,16 +8,25 @@ import pandas as pd
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from safetensors.torch import load_file, save_file
-
 from conftest import DECODERS, LAYERS, make_decoder
+from safetensors.torch import load_file, save_file
 from test_architectures import by_hand
+from transformers.utils import logging
+
+from entrodrop import layerwise
+from entrodrop.architectures import dry_run, fingerprint, stream
 from entrodrop.checkpoints import save
 from entrodrop.dynamics import Profile, measure, measured
 from entrodrop.estimators import ESTIMATORS, bucket_entropy
-from entrodrop import layerwise
-from entrodrop.layerwise import Checkpoint, checkpoint_files, checkpoint_identity, dry_run, safetensors_header, stream_checkpoint
-from entrodrop.models import EMBEDDED, fingerprint, load_model, stream
+from entrodrop.layerwise import (
+    Checkpoint,
+    checkpoint_files,
+    checkpoint_identity,
+    part_of,
+    safetensors_header,
+    stream_checkpoint,
+)
+from entrodrop.models import EMBEDDED, load_model
 
 ESTIMATOR = dict(bucket=bucket_entropy)
 
@@ -48,8 +58,15 @@ def copied(z): return z.detach().clone()
 def states(model, ids):
     "Every point of the stream of a loaded model"
     points = {}
-    with torch.inference_mode(), stream(model, lambda point, z: points.__setitem__(point, copied(z))): model.base_model(ids, use_cache=False)
+    def keep(point, z): points[point] = copied(z)
+    with torch.inference_mode(), stream(model, keep): model.base_model(ids, use_cache=False)
     return points
+
+
+def write_config(folder, **change):
+    "Change fields of a folder's config.json"
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
 def test_states_are_those_of_the_loaded_model(saved, ids, tmp_path):
@@ -57,13 +74,17 @@ def test_states_are_those_of_the_loaded_model(saved, ids, tmp_path):
     seen, again = {}, {}
 
     def visit(rows, point, z, repeated):
-        for r, sample in zip(range(rows.start, rows.stop), z): (again if repeated else seen).setdefault(point, {})[r] = copied(sample)
+        for r, sample in zip(range(rows.start, rows.stop), z, strict=True):
+            (again if repeated else seen).setdefault(point, {})[r] = copied(sample)
 
     checkpoint = Checkpoint(folder, device="cpu")
-    assert list(stream_checkpoint(checkpoint, ids, visit, tmp_path, batch_size=2)) == list(range(1, LAYERS + 1))
+    done = list(stream_checkpoint(checkpoint, ids, visit, tmp_path, batch_size=2))
+    assert done == list(range(1, LAYERS + 1))
     expected = states(model, ids)
     assert sorted(seen) == list(range(2 * LAYERS + 1)) and sorted(again) == list(range(2, 2 * LAYERS, 2))
-    for point, z in expected.items(): torch.testing.assert_close(torch.stack([seen[point][r] for r in range(5)]), z, rtol=1e-4, atol=1e-4)
+    for point, z in expected.items():
+        found = torch.stack([seen[point][r] for r in range(5)])
+        torch.testing.assert_close(found, z, rtol=1e-4, atol=1e-4)
     for point, samples in again.items(): assert all(torch.equal(samples[r], seen[point][r]) for r in range(5))
     assert checkpoint.fingerprint == fingerprint(model)
     assert not list(tmp_path.iterdir())
@@ -71,10 +92,10 @@ def test_states_are_those_of_the_loaded_model(saved, ids, tmp_path):
 
 def test_profile_is_that_of_the_loaded_model(saved, ids):
     model, folder = saved
-    loaded, read = measure(model, ids, ESTIMATOR, batch_size=2, name=str(folder)), measure(str(folder), ids, ESTIMATOR, batch_size=2)
+    loaded = measure(model, ids, ESTIMATOR, batch_size=2, name=str(folder))
+    read = measure(str(folder), ids, ESTIMATOR, batch_size=2)
     pd.testing.assert_frame_equal(read.table, loaded.table, rtol=1e-3, atol=1e-3)
-    assert {k: v for k, v in read.provenance["model"].items() if k != "checkpoint"} == loaded.provenance["model"]
-    assert {k: v for k, v in read.provenance.items() if k != "model"} == {k: v for k, v in loaded.provenance.items() if k != "model"}
+    assert read.provenance["model"].pop("checkpoint") and read.provenance == loaded.provenance
 
 
 def test_embedded_profile_is_that_of_the_loaded_model(embedded):
@@ -90,7 +111,8 @@ def test_embedded_profile_is_that_of_the_loaded_model(embedded):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_dtype_is_that_of_the_computation(folder, ids, dtype, tmp_path):
     model, seen = load_model(folder, dtype=dtype, device="cpu"), {}
-    for _ in stream_checkpoint(Checkpoint(folder, dtype=dtype, device="cpu"), ids, lambda rows, point, z, again: seen.__setitem__(point, z), tmp_path, batch_size=5): pass
+    def keep(rows, point, z, again): seen[point] = z
+    for _ in stream_checkpoint(Checkpoint(folder, dtype=dtype, device="cpu"), ids, keep, tmp_path, batch_size=5): pass
     for point, z in states(model, ids).items():
         assert seen[point].dtype == z.dtype == getattr(torch, dtype)
         torch.testing.assert_close(seen[point], z)
@@ -100,7 +122,8 @@ def test_one_layer_at_a_time_is_in_memory(saved, ids, tmp_path):
     checkpoint, present = Checkpoint(saved[1], device="cpu"), set()
 
     def visit(rows, point, z, again):
-        present.add(frozenset(checkpoint._part(n) for n, p in checkpoint.model.named_parameters() if not p.is_meta))
+        there = [n for n, p in checkpoint.model.named_parameters() if not p.is_meta]
+        present.add(frozenset(part_of(checkpoint.model, n) for n in there))
 
     for _ in stream_checkpoint(checkpoint, ids, visit, tmp_path, batch_size=2): pass
     assert present == {frozenset({i}) for i in range(LAYERS)}
@@ -110,7 +133,8 @@ def test_one_layer_at_a_time_is_in_memory(saved, ids, tmp_path):
 def test_every_byte_is_read_once(saved, ids, tmp_path):
     checkpoint = Checkpoint(saved[1], device="cpu")
     for _ in stream_checkpoint(checkpoint, ids, lambda *args: None, tmp_path): pass
-    stored = sum(t["data_offsets"][1] - t["data_offsets"][0] for f in checkpoint_files(saved[1]) for t in safetensors_header(f).values())
+    places = [t["data_offsets"] for f in checkpoint_files(saved[1]) for t in safetensors_header(f).values()]
+    stored = sum(end - start for start, end in places)
     assert checkpoint.bytes_read == stored == sum(checkpoint.bytes.values())
     assert all(seconds > 0 for seconds in checkpoint.seconds.values())
 
@@ -162,13 +186,14 @@ def test_states_that_are_not_what_was_written_are_computed_again(folder, ids, tm
     read = interrupt_at(monkeypatch, None)
     resumed = measure(folder, ids, ESTIMATOR, batch_size=2, work=work)
     assert read == ["base", *range(LAYERS), "head"]
-    assert "the states that an earlier run left in work are damaged or gone; measuring from the first layer on" in capsys.readouterr().out
+    said = "the states that an earlier run left in work are damaged or gone; measuring from the first layer on"
+    assert said in capsys.readouterr().out
     pd.testing.assert_frame_equal(resumed.table, whole.table, check_exact=True)
 
 
 def test_states_that_are_not_there_are_not_made_up(folder, ids, tmp_path):
     with pytest.raises(FileNotFoundError, match="states-2 does not hold the states of an earlier run"):
-        for _ in stream_checkpoint(Checkpoint(folder, device="cpu"), ids, lambda *args: None, tmp_path, start=2): pass
+        list(stream_checkpoint(Checkpoint(folder, device="cpu"), ids, lambda *args: None, tmp_path, start=2))
 
 
 @pytest.mark.parametrize("change", ["tokens", "batch size", "weights"])
@@ -184,7 +209,8 @@ def test_other_work_is_not_taken_up(folder, ids, tmp_path, monkeypatch, change):
     read = interrupt_at(monkeypatch, None)
     resumed = measure(folder, ids, ESTIMATOR, batch_size=batch_size, work=tmp_path / "work")
     assert read == ["base", *range(LAYERS), "head"]
-    pd.testing.assert_frame_equal(resumed.table, measure(folder, ids, ESTIMATOR, batch_size=batch_size).table, check_exact=True)
+    expected = measure(folder, ids, ESTIMATOR, batch_size=batch_size)
+    pd.testing.assert_frame_equal(resumed.table, expected.table, check_exact=True)
 
 
 def test_measured_keeps_the_profile_and_no_states(folder, ids, tmp_path, monkeypatch):
@@ -192,7 +218,8 @@ def test_measured_keeps_the_profile_and_no_states(folder, ids, tmp_path, monkeyp
     assert {p.name for p in tmp_path.iterdir()} == {"model", "profile.json", "profile.parquet"}
     read = interrupt_at(monkeypatch, None)
     again = measured(tmp_path / "profile", folder, ids, ESTIMATOR)
-    assert read == [] and again.provenance == json.loads(json.dumps(first.provenance)) == Profile.load(tmp_path / "profile").provenance
+    kept = Profile.load(tmp_path / "profile").provenance
+    assert read == [] and again.provenance == json.loads(json.dumps(first.provenance)) == kept
     pd.testing.assert_frame_equal(again.table, first.table)
     measured(tmp_path / "profile", folder, ids.flip(0), ESTIMATOR)
     assert read
@@ -212,15 +239,17 @@ def test_measured_goes_on_too(folder, ids, tmp_path, monkeypatch):
 def test_a_folder_of_the_base_model_alone(ids, tmp_path):
     model = make_decoder("gpt2")  # its Hub checkpoint has such names, too
     model.transformer.save_pretrained(tmp_path / "base")
-    assert all(not n.startswith("transformer.") for f in checkpoint_files(tmp_path / "base") for n in safetensors_header(f))
-    config = json.loads((tmp_path / "base/config.json").read_text())
-    (tmp_path / "base/config.json").write_text(json.dumps(config | dict(architectures=["GPT2LMHeadModel"])))
-    pd.testing.assert_frame_equal(measure(tmp_path / "base", ids, ESTIMATOR).table, measure(model, ids, ESTIMATOR).table, rtol=1e-3, atol=1e-3)
+    names = [n for f in checkpoint_files(tmp_path / "base") for n in safetensors_header(f)]
+    assert not [n for n in names if n.startswith("transformer.")]
+    write_config(tmp_path / "base", architectures=["GPT2LMHeadModel"])
+    read, loaded = measure(tmp_path / "base", ids, ESTIMATOR), measure(model, ids, ESTIMATOR)
+    pd.testing.assert_frame_equal(read.table, loaded.table, rtol=1e-3, atol=1e-3)
 
 
 def test_header_names_every_tensor(folder):
     for file in checkpoint_files(folder):
-        assert {n: tuple(t["shape"]) for n, t in safetensors_header(file).items()} == {n: tuple(t.shape) for n, t in load_file(file).items()}
+        found = {n: tuple(t["shape"]) for n, t in safetensors_header(file).items()}
+        assert found == {n: tuple(t.shape) for n, t in load_file(file).items()}
 
 
 @pytest.mark.parametrize("age", [0, 3600])
@@ -264,9 +293,10 @@ def test_a_dry_run_leaves_the_layers_own_forward(folder, ids):
     assert len(moved) == 3
     z, calls = dry_run(model, ids)
     with pytest.raises(IndexError): dry_run(model, ids + 1000)  # also if it fails
-    assert [vars(layer).get("forward") for layer in model.model.layers] == before and [f is None for f in before] == [False, True, False, True, False]
+    assert [vars(layer).get("forward") for layer in model.model.layers] == before
+    assert [f is None for f in before] == [False, True, False, True, False]
     with torch.inference_mode():
-        for layer, (args, kwargs) in zip(model.model.layers, calls): z = layer(z, *args, **kwargs)
+        for layer, (args, kwargs) in zip(model.model.layers, calls, strict=True): z = layer(z, *args, **kwargs)
     torch.testing.assert_close(z, expected)
     assert len(moved) == 6
 
@@ -274,19 +304,22 @@ def test_a_dry_run_leaves_the_layers_own_forward(folder, ids):
 def test_missing_file_is_named(folder):
     file = checkpoint_files(folder)[1]
     file.unlink()
-    with pytest.raises(FileNotFoundError, match=f"lacks {file.name}, which its model.safetensors.index.json names"): Checkpoint(folder)
+    with pytest.raises(FileNotFoundError, match=f"lacks {file.name}, which its model.safetensors.index.json names"):
+        Checkpoint(folder)
 
 
 def test_missing_tensor_is_named(folder, ids):
-    file = next(f for f in checkpoint_files(folder) if any("layers.3." in n and "down_proj" in n for n in safetensors_header(f)))
-    save_file({n: t for n, t in load_file(file).items() if "layers.3.mlp.down_proj" not in n}, file, metadata=dict(format="pt"))
-    with pytest.raises(ValueError, match=r"holds no usable model.layers.3.mlp.down_proj.weight of shape \(64, 128\)"): measure(folder, ids, ESTIMATOR)
+    gone = "model.layers.3.mlp.down_proj.weight"
+    file = next(f for f in checkpoint_files(folder) if gone in safetensors_header(f))
+    save_file({n: t for n, t in load_file(file).items() if n != gone}, file, metadata=dict(format="pt"))
+    with pytest.raises(ValueError, match=rf"holds no usable {gone} of shape \(64, 128\)"):
+        measure(folder, ids, ESTIMATOR)
 
 
 def test_tensor_of_another_shape_is_named(folder, ids):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | dict(intermediate_size=96)))
-    with pytest.raises(ValueError, match=r"holds no usable model.layers.0.mlp.gate_proj.weight of shape \(96, 64\)"): measure(folder, ids, ESTIMATOR)
+    write_config(folder, intermediate_size=96)
+    with pytest.raises(ValueError, match=r"holds no usable model.layers.0.mlp.gate_proj.weight of shape \(96, 64\)"):
+        measure(folder, ids, ESTIMATOR)
 
 
 def test_pickled_weights_are_not_read(folder):
@@ -296,39 +329,41 @@ def test_pickled_weights_are_not_read(folder):
 
 
 def test_quantised_checkpoint_is_refused(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | dict(quantization_config=dict(quant_method="gptq", bits=4))))
+    write_config(folder, quantization_config=dict(quant_method="gptq", bits=4))
     with pytest.raises(ValueError, match="is quantised"): Checkpoint(folder)
 
 
-@pytest.mark.parametrize("name, error, message", [("model.gguf", ValueError, "Load it with load_model"), ("./nowhere", FileNotFoundError, "no model folder at './nowhere'"),
-                                                  ("nowhere", FileNotFoundError, "a folder, or a Hub id"), ("owner/name", OSError, "could not load 'owner/name'")])
+@pytest.mark.parametrize("name, error, message", [
+    ("model.gguf", ValueError, "Load it with load_model"),
+    ("./nowhere", FileNotFoundError, "no model folder at './nowhere'"),
+    ("nowhere", FileNotFoundError, "a folder, or a Hub id"), ("owner/name", OSError, "could not load 'owner/name'")])
 def test_names_that_are_no_checkpoint(name, error, message):
     with pytest.raises(error, match=message): Checkpoint(name)
 
 
 def test_unknown_architecture_is_refused(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | dict(model_type="bloom")))
+    write_config(folder, model_type="bloom")
     with pytest.raises(ValueError, match="architecture 'bloom' is not supported"): Checkpoint(folder)
 
 
 def test_complaint_of_an_estimator_says_where(folder, ids, tmp_path):
     def refuse(z): raise ValueError("no")
-    with pytest.raises(ValueError, match="layer 0, input: no"): measure(folder, ids, dict(refuse=refuse), work=tmp_path / "work")
+    with pytest.raises(ValueError, match="layer 0, input: no"):
+        measure(folder, ids, dict(refuse=refuse), work=tmp_path / "work")
 
 
 def test_progress_bars_are_left_as_they_were(folder, ids, tmp_path):
-    from transformers.utils import logging
     shown = logging.is_progress_bar_enabled()
     for _ in stream_checkpoint(Checkpoint(folder), ids, lambda *args: None, tmp_path): pass
     assert logging.is_progress_bar_enabled() == shown
 
 
-@pytest.mark.parametrize("layers, message", [(8, "holds no usable model.layers.5.self_attn.q_proj.weight of shape .* and 26 more"), (3, "holds model.layers.3.* says that there are 3 layers")])
+@pytest.mark.parametrize("layers, message", [
+    (8, "holds no usable model.layers.5.self_attn.q_proj.weight of shape .* and 26 more"),
+    (3, "holds model.layers.3.* says that there are 3 layers")])
 def test_a_config_that_is_not_its_own_is_refused_before_anything_is_read_or_written(folder, layers, message, tmp_path):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | dict(num_hidden_layers=layers)))
+    write_config(folder, num_hidden_layers=layers)
     with pytest.raises(ValueError, match=message): Checkpoint(folder)
-    with pytest.raises(ValueError, match=message): save(str(folder), by_hand("attention", (1,), layers=layers), tmp_path / "saved", strict=False)
+    with pytest.raises(ValueError, match=message):
+        save(str(folder), by_hand("attention", (1,), layers=layers), tmp_path / "saved", strict=False)
     assert not (tmp_path / "saved").exists()

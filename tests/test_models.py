@@ -1,4 +1,4 @@
-"""Loading, converting and watching models: what must not be read, what must not be left behind, and what a fingerprint tells apart."""
+"""Loading, converting and watching models: what must not be read or left behind, and what a fingerprint tells apart."""
 import copy
 import importlib.util
 import json
@@ -12,14 +12,15 @@ import gguf
 import httpx
 import pytest
 import torch
-from conftest import DECODERS, make_decoder
+from conftest import DECODERS, LAYERS, make_decoder
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from entrodrop import models
-from entrodrop.models import decoder_layers, describe_model, embedded_model, fingerprint, load_model, load_tokenizer, stream, weight_bytes
-
+from entrodrop.architectures import decoder_layers, fingerprint, stream
+from entrodrop.models import describe_model, embedded_model, load_model, load_tokenizer, weight_bytes
+from entrodrop.surgery import Plan, edited
 
 # Loading
 
@@ -54,7 +55,9 @@ def test_unsupported_architecture_is_named_before_weights_are_read(tmp_path):
 def write_gguf(path, architecture, tensors=(), **fields):
     "A GGUF file of an architecture, with the header fields and tensors given"
     writer = gguf.GGUFWriter(path, architecture)
-    for name, value in fields.items(): (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{architecture}.{name.replace('__', '.')}", value)
+    for name, value in fields.items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{architecture}.{name.replace('__', '.')}", value)
     for name, tensor in tensors: writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -63,8 +66,12 @@ def write_gguf(path, architecture, tensors=(), **fields):
     return path
 
 
+LLAMA = dict(block_count=5, context_length=2048, embedding_length=64, feed_forward_length=128, attention__head_count=4,
+             attention__head_count_kv=2, attention__layer_norm_rms_epsilon=1e-6, rope__freq_base=1e4, vocab_size=100)
+
+
 def in_pairs(weight, heads):
-    "Rows of a query or key matrix in the order that GGUF keeps for Llama: the two halves that are rotated together alternate"
+    "Rows of a query or key matrix in the order of GGUF for Llama: the halves that are rotated together alternate"
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -73,9 +80,9 @@ def test_gguf_of_a_tiny_llama(llama, ids, tmp_path):
     tensors = []
     for name, weight in llama.state_dict().items():
         rotated = [h for part, h in heads.items() if part in name]
-        tensors.append((names.get_name(name, try_suffixes=(".weight",)), (in_pairs(weight, *rotated) if rotated else weight).numpy()))
-    path = write_gguf(tmp_path / "tiny.gguf", "llama", tensors, block_count=5, context_length=2048, embedding_length=64, feed_forward_length=128, attention__head_count=4,
-                      attention__head_count_kv=2, attention__layer_norm_rms_epsilon=1e-6, rope__freq_base=1e4, vocab_size=100)
+        weight = in_pairs(weight, *rotated) if rotated else weight
+        tensors.append((names.get_name(name, try_suffixes=(".weight",)), weight.numpy()))
+    path = write_gguf(tmp_path / "tiny.gguf", "llama", tensors, **LLAMA)
     loaded = load_model(path, dtype="float32", device="cpu", attn_implementation="eager")
     assert loaded.config._attn_implementation == "eager" and loaded.config.model_type == "llama"
     with torch.inference_mode(): torch.testing.assert_close(loaded(ids).logits, llama(ids).logits)
@@ -84,19 +91,24 @@ def test_gguf_of_a_tiny_llama(llama, ids, tmp_path):
 
 
 @pytest.mark.parametrize("architecture, message", [
-    ("bloom", "architecture 'bloom' is not supported; supported: .*llama"), ("clip", "transformers cannot read 'header.gguf': .*clip.* Load the same model from safetensors")])
+    ("bloom", "architecture 'bloom' is not supported; supported: .*llama"),
+    ("clip", "transformers cannot read 'header.gguf': .*clip.* Load the same model from safetensors")])
 def test_unsupported_gguf_is_refused_by_its_header(tmp_path, architecture, message, monkeypatch):
     monkeypatch.setattr(models, "_gguf_model", died)
     with pytest.raises(ValueError, match=message): load_model(write_gguf(tmp_path / "header.gguf", architecture))
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
-@pytest.mark.parametrize("error, status", [(GatedRepoError, 401), (GatedRepoError, 403), (RepositoryNotFoundError, 401)])
+@pytest.mark.parametrize("error, status", [
+    (GatedRepoError, 401), (GatedRepoError, 403), (RepositoryNotFoundError, 401)])
 def test_model_that_the_hub_does_not_show(monkeypatch, load, error, status):
     response = httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/some/model"))
     def refuse(*args, **kwargs): raise error("refused", response=response)
-    for download in ("hf_hub_download", "snapshot_download"): monkeypatch.setattr(f"transformers.utils.hub.{download}", refuse)
-    with pytest.raises(OSError, match=rf"(?s)'some/model' to you \(status {status}\): accept the conditions at https://huggingface.co/some/model, then `hf auth login` or set HF_TOKEN") as e: load("some/model")
+    for download in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(f"transformers.utils.hub.{download}", refuse)
+    said = (rf"(?s)'some/model' to you \(status {status}\): accept the conditions at "
+            "https://huggingface.co/some/model, then `hf auth login` or set HF_TOKEN")
+    with pytest.raises(OSError, match=said) as e: load("some/model")
     assert "Without a network" not in str(e.value)
 
 
@@ -108,7 +120,8 @@ def test_attention_implementation(llama, tmp_path, asked, found):
 
 def test_unreachable_hub_id_says_what_works_offline():
     for load in (load_model, load_tokenizer):
-        with pytest.raises(OSError, match="(?s)'nobody/nothing'.*Without a network, name 'smollm2-135m'"): load("nobody/nothing")
+        with pytest.raises(OSError, match="(?s)'nobody/nothing'.*Without a network, name 'smollm2-135m'"):
+            load("nobody/nothing")
 
 
 @pytest.mark.parametrize("dtype, expected", [
@@ -174,7 +187,9 @@ def test_racing_conversions_do_not_mix(cache, monkeypatch):
         both_reading.wait()
         return whole(threading.current_thread().name)
     monkeypatch.setattr(models, "_read_gguf", read)
-    with ThreadPoolExecutor(2) as pool: first, second = [f.result() for f in [pool.submit(embedded_model) for _ in range(2)]]
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(embedded_model) for _ in range(2)]
+        first, second = [f.result() for f in both]
     assert first == second and list(cache.iterdir()) == [first]
     saved = content(first)
     assert set(saved) == {"model", "tokenizer"} and saved["model"] == saved["tokenizer"]
@@ -283,13 +298,15 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(name, tmp_path):
     assert fingerprint(load_model(tmp_path, device="cpu")) == fingerprint(model)
     one = names[len(names) // 2]
     without_tensors(tmp_path, lambda n: n == one)
-    with pytest.raises(ValueError, match="(?s)the weights of .* (lack .*|do not fit together): is the checkpoint complete"): load_model(tmp_path, device="cpu")
+    said = "(?s)the weights of .* (lack .*|do not fit together): is the checkpoint complete"
+    with pytest.raises(ValueError, match=said): load_model(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(num_hidden_layers=8), r"lack model.layers.5.input_layernorm.weight, model.layers.5.mlp.down_proj.weight, .* and 24 more"),
-    (dict(num_hidden_layers=3), r"hold, beyond what its config says, model.layers.3.input_layernorm.weight"),
-    (dict(intermediate_size=96), r"lack model.layers.0.mlp.down_proj.weight")])
+    (dict(num_hidden_layers=8), "lack model.layers.5.input_layernorm.weight, model.layers.5.mlp.down_proj.weight, .* "
+                                "and 24 more"),
+    (dict(num_hidden_layers=3), "hold, beyond what its config says, model.layers.3.input_layernorm.weight"),
+    (dict(intermediate_size=96), "lack model.layers.0.mlp.down_proj.weight")])
 def test_a_config_that_is_not_its_own_is_refused(llama, tmp_path, change, message):
     llama.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
@@ -299,10 +316,11 @@ def test_a_config_that_is_not_its_own_is_refused(llama, tmp_path, change, messag
 
 def test_a_gguf_file_that_lacks_a_tensor_is_refused(llama, tmp_path):
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 5)
-    tensors = [(names.get_name(name, try_suffixes=(".weight",)), weight.numpy()) for name, weight in llama.state_dict().items() if "layers.3.mlp.up_proj" not in name]
-    path = write_gguf(tmp_path / "tiny.gguf", "llama", tensors, block_count=5, context_length=2048, embedding_length=64, feed_forward_length=128, attention__head_count=4,
-                      attention__head_count_kv=2, attention__layer_norm_rms_epsilon=1e-6, rope__freq_base=1e4, vocab_size=100)
-    with pytest.raises(ValueError, match="'tiny.gguf' lack model.layers.3.mlp.up_proj.weight"): load_model(path, device="cpu")
+    tensors = [(names.get_name(name, try_suffixes=(".weight",)), weight.numpy())
+               for name, weight in llama.state_dict().items() if "layers.3.mlp.up_proj" not in name]
+    path = write_gguf(tmp_path / "tiny.gguf", "llama", tensors, **LLAMA)
+    with pytest.raises(ValueError, match="'tiny.gguf' lack model.layers.3.mlp.up_proj.weight"):
+        load_model(path, device="cpu")
 
 
 def test_fingerprint_is_of_weights_not_of_names(decoder, tmp_path):
@@ -314,12 +332,35 @@ def test_fingerprint_is_of_weights_not_of_names(decoder, tmp_path):
     assert described[0] | dict(name="") == described[1] | dict(name="")
     assert described[0]["fingerprint"] == fingerprint(decoder)
 
+
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(word_folder, monkeypatch):
     monkeypatch.setattr(models, "_free_bytes", lambda device: 100_000)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # reading would fail otherwise
-    with pytest.raises(MemoryError, match=r"'.*Tiny-Llama' takes \S+ GB in float32, and 0\.0001 GB are free on cpu: choose a smaller dtype"): load_model(word_folder, device="cpu")
+    said = r"'.*Tiny-Llama' takes \S+ GB in float32, and 0\.0001 GB are free on cpu: choose a smaller dtype"
+    with pytest.raises(MemoryError, match=said): load_model(word_folder, device="cpu")
+
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi", "gpt2", "qwen3_moe"])
 def test_bytes_of_weights_from_the_config(name):
     model = make_decoder(name)
     assert weight_bytes(model.config, torch.bfloat16) == 2 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("skip", [{"0": ["attention"], "3": ["mlp"]}, {"1": ["attention", "mlp"], "4": ["mlp"]}],
+                         ids=str)
+@pytest.mark.parametrize("name", ["gemma2", "phi", "opt"])
+def test_what_a_config_leaves_out_is_left_out(name, ids, skip, tmp_path):
+    "Also both blocks of a layer, which is a layer all the same: the weights that follow are those of their own numbers"
+    model = make_decoder(name)
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    marked = fields | dict(model_type=f"entrodrop-{name}", per_layer_config={i: dict(skip=s) for i, s in skip.items()})
+    (tmp_path / "config.json").write_text(json.dumps(marked))
+    attention, mlp = (Plan.dropping([(kind, int(i)) for i, kinds in skip.items() if kind in kinds], LAYERS)
+                      for kind in ("attention", "mlp"))
+    with torch.inference_mode(), edited(model, attention), edited(model, mlp):
+        left, expected = {n for n, _ in model.named_parameters()}, model(ids).logits
+    without_tensors(tmp_path, lambda name: name not in left)
+    loaded = load_model(tmp_path, device="cpu")
+    assert len(decoder_layers(loaded)) == LAYERS and {n for n, _ in loaded.named_parameters()} == left
+    with torch.inference_mode(): torch.testing.assert_close(loaded(ids).logits, expected)
