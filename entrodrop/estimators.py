@@ -6,9 +6,12 @@
 __all__ = ['READINGS', 'ESTIMATORS', 'bucket_entropy', 'knn_entropy', 'renyi_entropy', 'matrix_entropy', 'with_parameters']
 
 # %% ../nbs/00_entropy_estimators.ipynb #2d52dab0
-import math, numbers
+import math
+import numbers
 from functools import partial
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch import Tensor
 
 # %% ../nbs/00_entropy_estimators.ipynb #3048d55a
@@ -19,31 +22,34 @@ def _states(z):
     if z.ndim < 2 or 0 in z.shape:
         raise ValueError(f"states must have shape (..., tokens, hidden) with no empty dimension, got {tuple(z.shape)}")
     if z.dtype.itemsize < 4: z = z.float()
-    if not torch.stack(z.aminmax()).isfinite().all():
-        raise ValueError(f"{int((~z.isfinite()).sum())} of {z.numel()} state values are NaN or infinite, so their entropy is "
-                         "undefined; if the model ran in float16, run it in bfloat16 or float32")
+    extremes = torch.stack(z.aminmax())
+    if not extremes.isfinite().all():
+        raise ValueError(f"{int((~z.isfinite()).sum())} of {z.numel()} state values are NaN or infinite, "
+                         "so their entropy is undefined; if the model ran in float16, run it in bfloat16 or float32")
     return z
 
 def _wide(z):
     "`z` in float64 where the device has it"
     return z if z.device.type == "mps" else z.double()
 
+def _positive_int(name, value):
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < 1: raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+# %% ../nbs/00_entropy_estimators.ipynb #3048d55d
 def _span(z):
     "The largest absolute value of each sequence `(b, tokens, hidden)`, as `(b, 1, 1)`; 1 where all are 0"
     span = _wide(torch.maximum(z.amax((1, 2), keepdim=True), -z.amin((1, 2), keepdim=True)))
     return torch.where(span > 0, span, 1)
 
 def _per_sequence(f, z, cost):
-    "Apply `f: (b, tokens, hidden) -> (b,)` to all leading dimensions of `z`, about 2^20 numbers (`cost` a sequence) at a time"
+    "`f: (b, tokens, hidden) -> (b,)` over all leading dimensions of `z`, 2^20 numbers (`cost` a sequence) at a time"
     flat = z.reshape(-1, *z.shape[-2:])
     return torch.cat([f(part) for part in flat.split(max(1, 2**20 // cost))]).reshape(z.shape[:-2])
 
-def _positive_int(name, value):
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1: raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
 # %% ../nbs/00_entropy_estimators.ipynb #c7546893
 def bucket_entropy(z:Tensor,    # states `(..., tokens, hidden)`
-                   bins:int=20, # equal-width buckets between each dimension's min and max (released code: 20 Llama, 80 Mistral)
+                   bins:int=20, # equal buckets over each dimension's range (released code: 20 Llama, 80 Mistral)
                   )->Tensor:    # nats `(...)`, between 0 and `hidden * log(min(bins, tokens))`
     """Sum over hidden dimensions of the histogram entropy over tokens (EntroDrop, arXiv 2504.03794).
 
@@ -55,7 +61,9 @@ def bucket_entropy(z:Tensor,    # states `(..., tokens, hidden)`
     def entropy(x):
         low = x.amin(1, keepdim=True)
         width = x.amax(1, keepdim=True) - low
-        if not width.isfinite().all(): raise ValueError(f"the range of the states overflows {z.dtype}; rescale them, or pass them in a wider dtype")
+        if not width.isfinite().all():
+            raise ValueError(f"the range of the states overflows {z.dtype}; "
+                             "rescale them, or pass them in a wider dtype")
         integer = torch.int32 if len(x) * d * bins < 2**31 else torch.int64
         bucket = (x - low).div_(torch.where(width > 0, width, 1)).mul_(bins).to(integer).clamp_(max=bins - 1)
         bucket += bins * torch.arange(len(x) * d, device=z.device, dtype=integer).view(len(x), 1, d)
@@ -67,7 +75,9 @@ def bucket_entropy(z:Tensor,    # states `(..., tokens, hidden)`
 
 # %% ../nbs/00_entropy_estimators.ipynb #689a29aa
 def _square_distances(x):
-    "Squared distances between tokens `(b, tokens, tokens)`, and the squared distances from their centre `(b, tokens)` with which their rounding grows"
+    """Squared distances between tokens `(b, tokens, tokens)`.
+
+    With them, what their rounding grows with: the squared distances from their centre `(b, tokens)`."""
     x = x - (x.median(1, keepdim=True).values if x.dtype == torch.float64 else x.mean(1, keepdim=True))
     norms = torch.linalg.vecdot(x, x)
     scale = norms[:, :, None] + norms[:, None]
@@ -76,6 +86,7 @@ def _square_distances(x):
     distances.clamp_(min=0).diagonal(dim1=1, dim2=2).zero_()
     return distances, norms
 
+# %% ../nbs/00_entropy_estimators.ipynb #689a29ac
 def _doubting(f):
     "Of `f: (b, tokens, hidden) -> entropy (b,), doubtful (b,)` the entropy; where float32 leaves doubt, from float64"
     def entropy(x):
@@ -85,7 +96,7 @@ def _doubting(f):
     return entropy
 
 def _kth(x, k):
-    "The `k`-th smallest of the last dimension, from 1, and the next; where NumPy can be used, it is several times as fast as torch"
+    "The `k`-th smallest of the last dimension, from 1, and the next; NumPy, where possible, is several times as fast"
     following = min(k + 1, x.shape[-1])
     if x.device.type != "cpu": return x.kthvalue(k, dim=-1).values, x.kthvalue(following, dim=-1).values
     parts = np.partition(x.detach().numpy(), k - 1, axis=-1)
@@ -103,13 +114,16 @@ def knn_entropy(z:Tensor,  # states `(..., tokens, hidden)`
     _positive_int("k", k)
     z = _states(z)
     n, d = z.shape[-2:]
-    if n <= k: raise ValueError(f"the distance to neighbour k={k} needs at least {k + 1} tokens, got {n}; lower k or lengthen the sequences")
+    if n <= k:
+        raise ValueError(f"the distance to neighbour k={k} needs at least {k + 1} tokens, got {n}; "
+                         "lower k or lengthen the sequences")
     psi = torch.special.digamma(torch.tensor([n, k], dtype=torch.float64))
     constant = d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1) + (psi[0] - psi[1]).item()
     @_doubting
     def entropy(x):
         span = _span(x) if x.dtype == torch.float64 else _wide(x.new_ones(len(x), 1, 1))
-        distances, norms = _square_distances(x if x.dtype != torch.float64 else x / span)  # so no square overflows or vanishes
+        scaled = x if x.dtype != torch.float64 else x / span  # so that no square overflows or vanishes
+        distances, norms = _square_distances(scaled)
         nearest, _ = _kth(distances, k + 1)  # the nearest of all is the token itself
         apart = nearest > 0
         mean_log = _wide(torch.where(apart, nearest, 1)).log().sum(-1) / 2 / apart.sum(-1)
@@ -118,22 +132,43 @@ def knn_entropy(z:Tensor,  # states `(..., tokens, hidden)`
     return _per_sequence(entropy, z, 2 * n * n + n * d)
 
 # %% ../nbs/00_entropy_estimators.ipynb #cf5cf9e8
+READINGS = ("pairs", "released")
+
 def _median_distance(square):
-    "Median of the distances over distinct pairs of tokens, from their squares `(b, tokens, tokens)`; the mean of the middle two where their number is even"
+    "Median of the distances over distinct pairs of tokens, from their squares `(b, tokens, tokens)`"
     n = square.shape[-1]
     i, j = torch.triu_indices(n, n, 1, device=square.device)
     pairs = square.flatten(1).index_select(1, i * n + j)
     low, high = _kth(pairs, (pairs.shape[1] + 1) // 2)
     return (low.sqrt() + high.sqrt()) / 2 if pairs.shape[1] % 2 == 0 else low.sqrt()
 
-READINGS = ("pairs", "released")
-
 def _bandwidth(square, reading):
     "The kernel's bandwidth `(b,)` from squared distances `(b, tokens, tokens)`"
     if reading == "pairs": return _median_distance(square)
     n = square.shape[-1]
-    return _kth(square.flatten(1), (n * n + 1) // 2)[0].sqrt()  # the lower median of all, with the zeros of the diagonal
+    low, _ = _kth(square.flatten(1), (n * n + 1) // 2)  # the lower median of all, with the zeros of the diagonal
+    return low.sqrt()
 
+# %% ../nbs/00_entropy_estimators.ipynb #cf5cf9ea
+def _standardised(x, reading):
+    "Each dimension of `(b, tokens, hidden)` with mean 0 and deviation 1 over the tokens; a constant one is 0"
+    n = x.shape[1]
+    if x.dtype == torch.float64: x = x / 2  # so that the width does not overflow
+    low = x.amin(1, keepdim=True)
+    width = x.amax(1, keepdim=True) - low
+    x = (x - low).div_(torch.where(width > 0, width, 1))  # from 0 to 1: exact where it lies far from the origin
+    x -= x.mean(1, keepdim=True)
+    std = x.square().mean(1, keepdim=True).sqrt()
+    if reading == "released": std *= math.sqrt(n / (n - 1))
+    return x.div_(torch.where(width > 0, std, 1))
+
+def _log_kernel_sum(square, sigma, power):
+    "Logarithm of the sum over all pairs of the Gaussian kernel to a `power`, `(b,)`; `square` is overwritten"
+    exponents = square.mul_(-power / 2 / sigma.square()).nan_to_num_(0, math.inf, -math.inf)  # 0 times inf: a duplicate
+    largest = exponents.amax((1, 2), keepdim=True).nan_to_num(posinf=0)  # an infinite sum stays one
+    return _wide(exponents.sub_(largest).exp_().sum(-1)).sum(-1).log() + largest[:, 0, 0]
+
+# %% ../nbs/00_entropy_estimators.ipynb #cf5cf9ec
 def renyi_entropy(z:Tensor,       # states `(..., tokens, hidden)`
                   alpha:float=4., # order; positive, not 1
                   reading:str="pairs", # of bandwidth and deviation, see below; or "released"
@@ -143,38 +178,31 @@ def renyi_entropy(z:Tensor,       # states `(..., tokens, hidden)`
     The mean runs over all pairs of tokens, each token with itself included. The bandwidth is the median distance over
     distinct pairs, and dimensions are divided by their population deviation; by the reading "released", as in the
     paper's released code, it is the lower median of the whole distance matrix with its diagonal of zeros, and the
-    deviation is that of a sample. Where the median is 0 (most tokens alike) the kernel is its limit, 1 for duplicates and
-    0 otherwise; one token has entropy 0. Raises `ValueError` for states that are empty or not finite, for
+    deviation is that of a sample. Where the median is 0 (most tokens alike) the kernel is its limit, 1 for duplicates
+    and 0 otherwise; one token has entropy 0. Raises `ValueError` for states that are empty or not finite, for
     `alpha <= 0` or `alpha == 1`, and for an unknown reading."""
     if reading not in READINGS: raise ValueError(f"unknown reading {reading!r}; choose {', '.join(READINGS)}")
-    if not alpha > 0 or alpha == 1 or math.isinf(alpha): raise ValueError(f"alpha must be positive, finite and not 1, got {alpha!r}")
+    if not alpha > 0 or alpha == 1 or math.isinf(alpha):
+        raise ValueError(f"alpha must be positive, finite and not 1, got {alpha!r}")
     z = _states(z)
     n, d = z.shape[-2:]
     if n == 1: return _wide(torch.zeros(z.shape[:-2], device=z.device))
     @_doubting
     def entropy(x):
-        if x.dtype == torch.float64: x = x / 2  # so that the width does not overflow
-        low = x.amin(1, keepdim=True)
-        width = x.amax(1, keepdim=True) - low
-        x = (x - low).div_(torch.where(width > 0, width, 1))  # from 0 to 1: exact where a dimension lies far from the origin
-        x -= x.mean(1, keepdim=True)
-        std = x.square().mean(1, keepdim=True).sqrt()
-        if reading == "released": std *= math.sqrt(n / (n - 1))
-        square, norms = _square_distances(x.div_(torch.where(width > 0, std, 1)))
-        sigma = _bandwidth(square, reading)[:, None, None]
-        exponents = square.mul_((1 - alpha) / 2 / sigma.square()).nan_to_num_(0, math.inf, -math.inf)  # 0 times infinity: a duplicate
-        largest = exponents.amax((1, 2), keepdim=True).nan_to_num(posinf=0)  # an infinite sum stays one
-        log_sum = _wide(exponents.sub_(largest).exp_().sum(-1)).sum(-1).log() + largest[:, 0, 0]
-        return (log_sum - 2 * math.log(n)) / (1 - alpha), ~(sigma[:, 0, 0].square() > norms.mean(1) / 64)
+        square, norms = _square_distances(_standardised(x, reading))
+        sigma = _bandwidth(square, reading)
+        log_sum = _log_kernel_sum(square, sigma[:, None, None], alpha - 1)
+        return (log_sum - 2 * math.log(n)) / (1 - alpha), ~(sigma.square() > norms.mean(1) / 64)
     return _per_sequence(entropy, z, 2 * n * n + n * d)
 
 # %% ../nbs/00_entropy_estimators.ipynb #effda36f
 def matrix_entropy(z:Tensor,       # states `(..., tokens, hidden)`
                    alpha:float=1., # order; positive; 1 is the von Neumann entropy
                   )->Tensor:       # nats `(...)`, between 0 and `log(min(tokens, hidden))`
-    """Matrix-based entropy of the token Gram matrix (Giraldo et al., arXiv 1211.2459; on LLM layers Skean et al., arXiv 2502.02013).
+    """Matrix-based entropy of the token Gram matrix (Giraldo et al., arXiv 1211.2459; on LLMs arXiv 2502.02013).
 
-    States that are all zero have entropy 0. Raises `ValueError` for states that are empty or not finite, and for `alpha <= 0`."""
+    States that are all zero have entropy 0. Raises `ValueError` for states that are empty or not finite, and for
+    `alpha <= 0`."""
     if not alpha > 0 or math.isinf(alpha): raise ValueError(f"alpha must be positive and finite, got {alpha!r}")
     z = _states(z)
     n, d = z.shape[-2:]
@@ -183,7 +211,8 @@ def matrix_entropy(z:Tensor,       # states `(..., tokens, hidden)`
         gram = x @ x.mT if n <= d else x.mT @ x  # the same eigenvalues but for zeros
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         eigenvalues = torch.linalg.eigvalsh(gram / trace.masked_fill(trace == 0, 1)[:, None, None])
-        eigenvalues = eigenvalues.masked_fill(eigenvalues < max(n, d) * torch.finfo(x.dtype).eps, 0)  # rounding, not rank
+        rounding = max(n, d) * torch.finfo(x.dtype).eps
+        eigenvalues = eigenvalues.masked_fill(eigenvalues < rounding, 0)
         if alpha == 1: return -torch.special.xlogy(eigenvalues, eigenvalues).sum(-1)
         eigenvalues[trace == 0, 0] = 1
         return torch.logsumexp(alpha * eigenvalues.log(), -1) / (1 - alpha)
@@ -192,6 +221,11 @@ def matrix_entropy(z:Tensor,       # states `(..., tokens, hidden)`
 # %% ../nbs/00_entropy_estimators.ipynb #f6773e56
 ESTIMATORS = dict(bucket=bucket_entropy, knn=knn_entropy, renyi=renyi_entropy, matrix=matrix_entropy)
 
-def with_parameters(bins:int=20, neighbour:int=25, alpha:float=4., reading:str="pairs")->dict:
-    "`ESTIMATORS` with the three parameters that the paper varies, under the names that the notebooks give them, and the reading of Rényi's"
-    return ESTIMATORS | dict(bucket=partial(bucket_entropy, bins=bins), knn=partial(knn_entropy, k=neighbour), renyi=partial(renyi_entropy, alpha=alpha, reading=reading))
+def with_parameters(bins:int=20,         # of `bucket_entropy`
+                    neighbour:int=25,    # `k` of `knn_entropy`
+                    alpha:float=4.,      # of `renyi_entropy`
+                    reading:str="pairs", # of `renyi_entropy`
+                   )->dict:              # {name: function of states}
+    "`ESTIMATORS` with the parameters that the paper varies, under the names that the notebooks give them"
+    return ESTIMATORS | dict(bucket=partial(bucket_entropy, bins=bins), knn=partial(knn_entropy, k=neighbour),
+                             renyi=partial(renyi_entropy, alpha=alpha, reading=reading))

@@ -20,10 +20,23 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from entrodrop import calibration
-from entrodrop.calibration import HUB, Hub, Perplexity, Text, calibration_batch, documents, heldout_windows, load_text, perplexity, shared_runs, window_documents
+from entrodrop.calibration import (
+    HUB,
+    Hub,
+    Perplexity,
+    Text,
+    calibration_batch,
+    documents,
+    heldout_windows,
+    load_text,
+    perplexity,
+    shared_runs,
+    window_documents,
+)
 
 
 def write_jsonl(path, docs, **options):
@@ -50,7 +63,7 @@ marked.bos_token_id = -1
 def counted(*lengths):
     "Documents of these lengths whose tokens are 0, 1, 2, ..., so that every token tells its place"
     ends = np.cumsum(lengths)
-    return [" ".join(map(str, range(end - length, end))) for end, length in zip(ends, lengths)]
+    return [" ".join(map(str, range(end - length, end))) for end, length in zip(ends, lengths, strict=True)]
 
 
 # The split
@@ -110,14 +123,16 @@ def test_long_group_is_never_held_out(tmp_path):
 
 def test_sha256_depends_on_text_alone(tmp_path):
     docs = [f"document {i} {words(f'd{i}x', 5)}" for i in range(10)]
-    texts = [load_text(write_jsonl(tmp_path / name, d)) for name, d in (("a.jsonl", docs), ("b.jsonl", docs[::-1]), ("c.jsonl", docs + ["more"]))]
+    files = {"a.jsonl": docs, "b.jsonl": docs[::-1], "c.jsonl": docs + ["more"]}
+    texts = [load_text(write_jsonl(tmp_path / name, d)) for name, d in files.items()]
     assert [t.data for t in texts] == ["a.jsonl", "b.jsonl", "c.jsonl"]
     assert texts[0].sha256 == texts[1].sha256 != texts[2].sha256
 
 
 def test_split_of_boolq_is_what_it_was():
     text = load_text("boolq")
-    assert text.hub is None and text.sha256 == "f9ec384ff387bf59fa008a1593a96f3dea5806a01beb6bd49c0f4888d6b96371"  # profiles in the world record it
+    recorded = "f9ec384ff387bf59fa008a1593a96f3dea5806a01beb6bd49c0f4888d6b96371"  # in profiles in the world
+    assert text.hub is None and text.sha256 == recorded
 
 
 # Files
@@ -140,7 +155,8 @@ def test_missing_file(tmp_path, suffix):
     '{"text": 7}', '{"text": null}'])
 def test_malformed_line_is_numbered(tmp_path, line):
     (tmp_path / "bad.jsonl").write_text(f'{{"text": "good"}}\n\n{line}\n{{"text": "good too"}}\n')
-    with pytest.raises(ValueError, match="bad.jsonl, line 3: expected a JSON object with a 'text' field"): documents(tmp_path / "bad.jsonl")
+    with pytest.raises(ValueError, match="bad.jsonl, line 3: expected a JSON object with a 'text' field"):
+        documents(tmp_path / "bad.jsonl")
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
@@ -151,7 +167,8 @@ def test_only_newlines_end_a_line(tmp_path, mark):
 
 @pytest.mark.parametrize("docs", [["the only document there is"], ["the same twice"] * 2])
 def test_one_document_cannot_be_split(tmp_path, docs):
-    with pytest.raises(ValueError, match="one.jsonl' cannot be split"): load_text(write_jsonl(tmp_path / "one.jsonl", docs))
+    with pytest.raises(ValueError, match="one.jsonl' cannot be split"):
+        load_text(write_jsonl(tmp_path / "one.jsonl", docs))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -165,31 +182,38 @@ def test_column_of_a_file(tmp_path, suffix, name):
     assert [load_text(d).data for d in (path, f"{path}:body")] == [f"{name}{suffix}", f"{name}{suffix}:body"]
 
 
-@pytest.mark.parametrize("column, docs", [("text", ["a", "b", "c"]), ("gaps", ["a", "c"]), ("repeated", ["a", "b", "a"])])
+@pytest.mark.parametrize("column, docs", [
+    ("text", ["a", "b", "c"]), ("gaps", ["a", "c"]), ("repeated", ["a", "b", "a"])])
 def test_parquet_columns_that_hold_text(tmp_path, column, docs):
-    pq.write_table(pa.table(dict(text=["a", "b", "c"], gaps=["a", None, "c"], repeated=pa.array(["a", "b", "a"]).dictionary_encode())), tmp_path / "own.parquet")
+    repeated = pa.array(["a", "b", "a"]).dictionary_encode()
+    table = pa.table(dict(text=["a", "b", "c"], gaps=["a", None, "c"], repeated=repeated))
+    pq.write_table(table, tmp_path / "own.parquet")
     assert documents(f"{tmp_path}/own.parquet:{column}") == docs
 
 
 @pytest.mark.parametrize("rows", [0, 3])
 def test_parquet_column_that_is_not_there(tmp_path, rows):
     pq.write_table(pa.table(dict(body=["a"] * rows, n=pa.array([1] * rows))), tmp_path / "own.parquet")
-    with pytest.raises(ValueError, match="own.parquet has no column 'text'; choose one of body, n"): documents(tmp_path / "own.parquet")
+    with pytest.raises(ValueError, match="own.parquet has no column 'text'; choose one of body, n"):
+        documents(tmp_path / "own.parquet")
 
 
 def test_parquet_column_that_is_no_text(tmp_path):
     pq.write_table(pa.table(dict(n=[1, 2])), tmp_path / "own.parquet")
-    with pytest.raises(ValueError, match="column 'n' of .*own.parquet holds int, not text"): documents(f"{tmp_path}/own.parquet:n")
+    with pytest.raises(ValueError, match="column 'n' of .*own.parquet holds int, not text"):
+        documents(f"{tmp_path}/own.parquet:n")
 
 
 def test_file_that_is_no_parquet(tmp_path):
     (tmp_path / "own.parquet").write_text("text")
-    with pytest.raises(ValueError, match="own.parquet cannot be read as a parquet file: "): documents(tmp_path / "own.parquet")
+    with pytest.raises(ValueError, match="own.parquet cannot be read as a parquet file: "):
+        documents(tmp_path / "own.parquet")
 
 
 def test_text_file_has_no_columns(tmp_path):
     (tmp_path / "own.txt").write_text("text")
-    with pytest.raises(ValueError, match="a .txt file has no columns, so .*own.txt' cannot have 'text'; leave it out"): documents(f"{tmp_path}/own.txt:text")
+    with pytest.raises(ValueError, match="a .txt file has no columns, so .*own.txt' cannot have 'text'; leave it out"):
+        documents(f"{tmp_path}/own.txt:text")
 
 
 def test_text_file_loses_nothing(tmp_path):
@@ -229,10 +253,14 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    "A data set `owner/name` that the real library reads: a column of text, one of numbers, and gaps; prepared data go to a cache of the test's own"
+    """A data set `owner/name` that the real library reads: a column of text, one of numbers, and gaps.
+
+    Prepared data go to a cache of the test's own."""
     (tmp_path / "owner/name/en").mkdir(parents=True)
     with gzip.open(tmp_path / "owner/name/en/shard.json.gz", "wt") as f:
-        f.writelines(json.dumps(dict(number=i, text=None if i % 5 == 4 else f"document {i} {words(f'd{i}x', 20)}")) + "\n" for i in range(100))
+        for i in range(100):
+            text = None if i % 5 == 4 else f"document {i} {words(f'd{i}x', 20)}"
+            f.write(json.dumps(dict(number=i, text=text)) + "\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "owner/name"
@@ -241,7 +269,8 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     "The validation and test splits of WikiText-2, as the library keeps what it has downloaded"
-    if not (SHARED / "hub/Salesforce___wikitext").is_dir(): pytest.skip(f"needs a cache of WikiText-2: make test ENTRODROP_SHARED=folder with hub/")
+    if not (SHARED / "hub/Salesforce___wikitext").is_dir():
+        pytest.skip("needs a cache of WikiText-2: make test ENTRODROP_SHARED=folder with hub/")
     shutil.copytree(SHARED / "hub/Salesforce___wikitext", tmp_path / "Salesforce___wikitext")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
 
@@ -273,7 +302,8 @@ def test_rest_of_a_shard_is_never_read(tmp_path, monkeypatch):
     rng = random.Random(0)
     docs = [rng.randbytes(1000).hex() for _ in range(40_000)]
     whole = gzip.compress("".join(json.dumps(dict(text=d)) + "\n" for d in docs).encode(), compresslevel=1)
-    (tmp_path / "shard.json.gz").write_bytes(whole[:len(whole) // 2])  # what comes after is missing, which only a reader who goes there can notice
+    half = whole[:len(whole) // 2]  # what comes after is missing, which only a reader who goes there can notice
+    (tmp_path / "shard.json.gz").write_bytes(half)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(HUB, "mine", Hub(str(tmp_path), files="*.json.gz"))
     assert documents("mine", limit=500) == docs[:500]
@@ -295,7 +325,8 @@ def test_default_limit_is_2000(hub):
 
 @pytest.mark.parametrize("limit", [0, -1, 2.5, None, "10"])
 def test_limit_that_is_no_count(hub, limit):
-    with pytest.raises(ValueError, match=f"limit must be a whole number of at least 1, got {limit!r}"): load_text("c4", limit=limit)
+    with pytest.raises(ValueError, match=f"limit must be a whole number of at least 1, got {limit!r}"):
+        load_text("c4", limit=limit)
     assert not hub.asked
 
 
@@ -307,15 +338,17 @@ def test_other_sources_have_no_limit(tmp_path):
 def test_provenance_says_what_was_taken_from_the_hub(hub):
     hub.rows = [{"text": f"{i} " * 9} for i in range(100)]
     text = load_text("owner/name:c", limit=30)
-    assert calibration_batch(numbers, text, 2, 4, 6).provenance == dict(data="owner/name:c", sha256=text.sha256, samples=2, length=4, seed=6,
-        hub=dict(id="owner/name", config="c", files=None, split="train", column="text", limit=30))
+    place = dict(id="owner/name", config="c", files=None, split="train", column="text", limit=30)
+    drawn = dict(data="owner/name:c", sha256=text.sha256, samples=2, length=4, seed=6, hub=place)
+    assert calibration_batch(numbers, text, 2, 4, 6).provenance == drawn
     assert text == load_text("owner/name:c", limit=30) and text.sha256 != load_text("owner/name:c", limit=31).sha256
 
 
 def test_table_can_be_extended(folder, monkeypatch):
     monkeypatch.setitem(HUB, "mine", Hub(str(folder), files="en/*.json.gz"))
     assert len(load_text("mine", limit=30).calibration) > 20
-    with pytest.raises(ValueError, match="choose pydoc, boolq, c4, wikitext2, law, medicine, mine, a path ending in"): documents("nowhere")
+    with pytest.raises(ValueError, match="choose pydoc, boolq, c4, wikitext2, law, medicine, mine, a path ending in"):
+        documents("nowhere")
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -328,9 +361,12 @@ def test_the_real_library_reads_in_order(folder, monkeypatch, streaming):
 
 @pytest.mark.parametrize("data, message", [
     ("owner/name:::body", "owner/name (default config, split train) has no column 'body'; choose one of number, text"),
-    ("owner/name:::number", "column 'number' of owner/name (default config, split train) holds int, not text; choose one of number, text"),
-    ("owner/name::dev", "owner/name (default config, split dev) was not found: Bad split: dev. Available splits: ['train']; choose as owner/name:config:split:column"),
-    ("owner/name:fr", "owner/name (config fr, split train) was not found: BuilderConfig 'fr' not found. Available: ['default']; choose as owner/name:config:split:column"),
+    ("owner/name:::number", "column 'number' of owner/name (default config, split train) holds int, not text; "
+     "choose one of number, text"),
+    ("owner/name::dev", "owner/name (default config, split dev) was not found: Bad split: dev. "
+     "Available splits: ['train']; choose as owner/name:config:split:column"),
+    ("owner/name:fr", "owner/name (config fr, split train) was not found: BuilderConfig 'fr' not found. "
+     "Available: ['default']; choose as owner/name:config:split:column"),
 ])
 def test_what_there_is_instead(folder, data, message):
     with pytest.raises(ValueError) as e: documents(data)
@@ -338,26 +374,31 @@ def test_what_there_is_instead(folder, data, message):
 
 
 def test_config_has_to_be_chosen(folder):
-    (folder / "README.md").write_text("---\nconfigs:\n- {config_name: a, data_files: en/*}\n- {config_name: b, data_files: en/*}\n---\n")
+    configs = "- {config_name: a, data_files: en/*}\n- {config_name: b, data_files: en/*}\n"
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     assert len(documents("owner/name:b", limit=3)) == 3
-    with pytest.raises(ValueError, match=re.escape("available configs: ['a', 'b']; choose as owner/name:config:split:column")): documents("owner/name")
+    choice = re.escape("available configs: ['a', 'b']; choose as owner/name:config:split:column")
+    with pytest.raises(ValueError, match=choice): documents("owner/name")
 
 
 def test_data_files_that_are_not_there(folder, monkeypatch):
     monkeypatch.setitem(HUB, "mine", Hub("owner/name", files="fr/*.json.gz"))
-    with pytest.raises(FileNotFoundError, match=r"owner/name \(data file fr/\*.json.gz, split train\) could not be read .*: check its files; or use"): documents("mine")
+    missing = r"owner/name \(data file fr/\*.json.gz, split train\) could not be read .*: check its files; or use"
+    with pytest.raises(FileNotFoundError, match=missing): documents("mine")
 
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_data_file_that_is_malformed(folder, monkeypatch, streaming):
     (folder / "broken.jsonl").write_text('{"text": "good"}\n{"text": oops}\n')
     monkeypatch.setitem(HUB, "mine", Hub("owner/name", files="broken.jsonl", streaming=streaming))
-    with pytest.raises(ValueError, match=r"owner/name \(data file broken.jsonl, split train\) has a file that cannot be read: JSON parse error"): documents("mine")
+    broken = r"owner/name \(data file broken.jsonl, split train\) has a file that cannot be read: JSON parse error"
+    with pytest.raises(ValueError, match=broken): documents("mine")
 
 
 @pytest.mark.parametrize("data, message", [
     ("a/b:c:d:e:f", "'a/b:c:d:e:f' has 5 parts; expected owner/name[:config][:split][:column]"),
-    *[(data, f"unknown text source {data!r}; choose pydoc, boolq, c4, wikitext2, law, medicine, a path ending in .jsonl, .parquet, .txt, or owner/name[:config][:split][:column]")
+    *[(data, f"unknown text source {data!r}; choose pydoc, boolq, c4, wikitext2, law, medicine, "
+       "a path ending in .jsonl, .parquet, .txt, or owner/name[:config][:split][:column]")
       for data in ("c4:en", "a/b/c", "/a", "./a", "owner/", "name.csv")]])
 def test_names_that_mean_nothing(hub, data, message):
     with pytest.raises(ValueError) as e: documents(data)
@@ -374,18 +415,24 @@ def test_offline(tmp_path, monkeypatch, data, tried):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("tries again although it is offline"))
     with pytest.raises(ConnectionError) as e: documents(data)
-    assert str(e.value) == f"{tried} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset that where there is a network; or {OFFLINE}"
+    assert str(e.value) == (f"{tried} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: "
+                            f"unset that where there is a network; or {OFFLINE}")
 
 
-def answer(error, **fields): return error("the server's words", response=SimpleNamespace(headers={}, request=None), **fields)
+def answer(error, **fields):
+    return error("the server's words", response=SimpleNamespace(headers={}, request=None), **fields)
 
 
 @pytest.mark.parametrize("raised, error, why", [
-    (lambda: answer(GatedRepoError), PermissionError, "is gated: accept its terms at https://huggingface.co/datasets/o/n and log in with `hf auth login` or set HF_TOKEN"),
+    (lambda: answer(GatedRepoError), PermissionError,
+     "is gated: accept its terms at https://huggingface.co/datasets/o/n "
+     "and log in with `hf auth login` or set HF_TOKEN"),
     (lambda: answer(RepositoryNotFoundError), FileNotFoundError,
-     "is not on the Hub, or it is private: check https://huggingface.co/datasets/o/n, and for a private one log in with `hf auth login` or set HF_TOKEN"),
+     "is not on the Hub, or it is private: check https://huggingface.co/datasets/o/n, "
+     "and for a private one log in with `hf auth login` or set HF_TOKEN"),
     (lambda: TimeoutError("too\nslow"), ConnectionError,
-     "could not be read (TimeoutError: too slow): check the network and https://huggingface.co/datasets/o/n, or set HF_HUB_OFFLINE=1 to read a copy in the cache")])
+     "could not be read (TimeoutError: too slow): check the network and https://huggingface.co/datasets/o/n, "
+     "or set HF_HUB_OFFLINE=1 to read a copy in the cache")])
 @pytest.mark.parametrize("request_", ["dataset_info", "auth_check"])
 def test_refused(hub, online, monkeypatch, request_, raised, error, why):
     def refuse(*args, **options): raise raised()
@@ -398,7 +445,8 @@ def test_refused(hub, online, monkeypatch, request_, raised, error, why):
 
 
 def test_connection_lost_on_the_way(hub, online, monkeypatch):
-    monkeypatch.setattr(calibration, "HfApi", lambda: SimpleNamespace(dataset_info=lambda *args, **options: None, auth_check=lambda *args, **options: None))
+    def granted(*args, **options): return None
+    monkeypatch.setattr(calibration, "HfApi", lambda: SimpleNamespace(dataset_info=granted, auth_check=granted))
     def rows():
         yield dict(text="the first")
         raise ConnectionResetError("gone")
@@ -415,9 +463,12 @@ from entrodrop.calibration import documents
 start = time.monotonic()
 try: documents("c4")
 except ConnectionError as e: print(e, time.monotonic() - start, sep="\\n")"""
-    env = {k: v for k, v in os.environ.items() if "OFFLINE" not in k and not k.lower().endswith("_proxy")} | dict(HF_ENDPOINT="http://127.0.0.1:9")  # nobody listens there
-    said, seconds = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert said.startswith("allenai/c4 (data file en/c4-train.00000-of-01024.json.gz, split train) could not be read (ConnectError") and said.endswith(OFFLINE)
+    env = {k: v for k, v in os.environ.items() if "OFFLINE" not in k and not k.lower().endswith("_proxy")}
+    env["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    said, seconds = run.stdout.splitlines()
+    shard = "allenai/c4 (data file en/c4-train.00000-of-01024.json.gz, split train)"
+    assert said.startswith(f"{shard} could not be read (ConnectError") and said.endswith(OFFLINE)
     assert float(seconds) < 10  # the library by itself tries six times, with waits of 23 s between
 
 
@@ -444,12 +495,14 @@ def test_cached_copy_that_was_downloaded_whole(cache, monkeypatch):
     ("wikitext2", "Unknown split \"train\". Should be one of ['test', 'validation']"),
     ("Salesforce/wikitext:wikitext-103-v1:test", "Available configs in the cache: ['wikitext-2-raw-v1']")])
 def test_what_the_cache_has_instead(cache, data, what):
-    with pytest.raises(ValueError, match="is not in the cache, and HF_HUB_OFFLINE forbids to fetch it") as e: documents(data)
+    with pytest.raises(ValueError, match="is not in the cache, and HF_HUB_OFFLINE forbids to fetch it") as e:
+        documents(data)
     assert f"{what}; choose as owner/name:config:split:column; or {OFFLINE}" in str(e.value)
 
 
 @pytest.mark.parametrize("rows, articles", [
-    (["", " = A = \n", "", " text \n", " = not = \n", "", " = = B = = \n", "", " = C d = \n", "", " more \n"], [" = A = \n text \n = not = \n = = B = = \n", " = C d = \n more \n"]),
+    (["", " = A = \n", "", " text \n", " = not = \n", "", " = = B = = \n", "", " = C d = \n", "", " more \n"],
+     [" = A = \n text \n = not = \n = = B = = \n", " = C d = \n more \n"]),
     ([" before \n", "", " = A = \n"], [" before \n", " = A = \n"]),
     ([" = \n", "", " = = \n"], [" = \n = = \n"])])
 def test_titles_begin_articles(hub, rows, articles):
@@ -458,7 +511,8 @@ def test_titles_begin_articles(hub, rows, articles):
 
 
 def test_web_pages_by_way_of_a_stream(tmp_path, monkeypatch):
-    if not (SHARED / "text/c4_sample.jsonl").is_file(): pytest.skip(f"needs a sample of C4: make test ENTRODROP_SHARED=folder with text/c4_sample.jsonl")
+    if not (SHARED / "text/c4_sample.jsonl").is_file():
+        pytest.skip("needs a sample of C4: make test ENTRODROP_SHARED=folder with text/c4_sample.jsonl")
     shard = tmp_path / HUB["c4"].files
     shard.parent.mkdir()
     shard.write_bytes(gzip.compress((SHARED / "text/c4_sample.jsonl").read_bytes()))
@@ -486,12 +540,13 @@ def test_samples_are_whole_windows_of_long_enough_documents():
     text = Text("t", counted(7, 20, 3, 8), counted(50))
     ids = calibration_batch(numbers, text, samples=200, length=8).ids
     assert (ids.diff() == 1).all()
-    assert set(ids[:, 0].tolist()) == {*range(7, 20), 30}  # every start in the second document, the only one in the last
+    assert set(ids[:, 0].tolist()) == {*range(7, 20), 30}  # every start in the second document, the one in the last
 
 
 def test_provenance_says_what_was_drawn():
     text = Text("t", counted(30), counted(5))
-    assert calibration_batch(numbers, text, 2, 4, 6).provenance == dict(data="t", sha256=text.sha256, samples=2, length=4, seed=6)
+    drawn = dict(data="t", sha256=text.sha256, samples=2, length=4, seed=6)
+    assert calibration_batch(numbers, text, 2, 4, 6).provenance == drawn
 
 
 def test_length_beyond_every_document():
@@ -499,7 +554,8 @@ def test_length_beyond_every_document():
         calibration_batch(numbers, Text("t", counted(10, 30, 20), []), length=31)
 
 
-@pytest.mark.parametrize("wrong", [dict(samples=0), dict(samples=2.5), dict(length=0), dict(length=-8), dict(length="8")])
+@pytest.mark.parametrize("wrong", [
+    dict(samples=0), dict(samples=2.5), dict(length=0), dict(length=-8), dict(length="8")])
 def test_numbers_that_are_no_counts(wrong):
     (name, value), = wrong.items()
     with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got {value!r}"):
@@ -509,12 +565,14 @@ def test_numbers_that_are_no_counts(wrong):
 # Held-out windows
 
 @settings(deadline=None, max_examples=200, derandomize=True)
-@given(st.lists(st.integers(1, 80), min_size=1, max_size=8), st.integers(1, 12), st.integers(2, 30), st.sampled_from([numbers, marked]))
+@given(st.lists(st.integers(1, 80), min_size=1, max_size=8), st.integers(1, 12), st.integers(2, 30),
+       st.sampled_from([numbers, marked]))
 def test_windows_do_not_overlap_and_come_from_all_documents(lengths, windows, length, tokenizer):
     text, size = Text("t", [], counted(*lengths)), length - (tokenizer is marked)
     there = [n // size for n in lengths]
     if sum(there) < windows:
-        with pytest.raises(ValueError, match=f"has {sum(there)} windows of {length} tokens, not {windows}"): heldout_windows(tokenizer, text, windows, length)
+        with pytest.raises(ValueError, match=f"has {sum(there)} windows of {length} tokens, not {windows}"):
+            heldout_windows(tokenizer, text, windows, length)
         return
     ids = heldout_windows(tokenizer, text, windows, length)
     assert ids.shape == (windows, length)
@@ -539,16 +597,29 @@ def test_batch_size_does_not_matter(decoder, ids, batch_size):
 
 
 def test_interval_and_ratio_by_hand():
-    this, other = Perplexity((1., 2., 6.)), Perplexity((1., 1., 4.))  # differences 0, 1, 2: mean 1, deviation 1; t at 97.5 % and 2 degrees of freedom: 4.30265
-    assert this.ratio(other) == pytest.approx([math.exp(1 + 4.30265 * s / math.sqrt(3)) for s in (0, -1, 1)], rel=1e-4)
-    deviation = math.sqrt((4 + 1 + 9) / 2)
-    assert this.interval() == pytest.approx([math.exp(3 + 4.30265 * s * deviation / math.sqrt(3)) for s in (0, -1, 1)], rel=1e-4)
+    this, other = Perplexity((1., 2., 6.)), Perplexity((1., 1., 4.))  # differences 0, 1, 2: mean 1, deviation 1
+    quantile = 4.30265  # of t, at 97.5 % and 2 degrees of freedom
+    expected = [math.exp(1 + side * quantile / math.sqrt(3)) for side in (0, -1, 1)]
+    assert this.ratio(other) == pytest.approx(expected, rel=1e-4)
+    half = quantile * math.sqrt((4 + 1 + 9) / 2) / math.sqrt(3)
+    assert this.interval() == pytest.approx([math.exp(3 + side * half) for side in (0, -1, 1)], rel=1e-4)
     assert this.ratio(other)[0] == pytest.approx(1 / other.ratio(this)[0])
+
+
+def test_windows_of_one_document_count_once():
+    this, other = Perplexity((1., 2., 6.)), Perplexity((1., 1., 4.))
+    copies, others = Perplexity(this.nll * 3), Perplexity(other.nll * 3)
+    documents = ["a", "b", "c"] * 3
+    assert copies.interval(documents) == pytest.approx(this.interval())
+    assert copies.ratio(others, documents) == pytest.approx(this.ratio(other))
+    assert copies.interval()[2] < this.interval()[2]
+    with pytest.raises(ValueError, match="9 values, but 3 groups"): copies.interval(["a", "b", "c"])
 
 
 @pytest.mark.parametrize("shape", [(40,), (1, 40), (4, 1), (2, 3, 40)])
 def test_windows_of_the_wrong_shape(llama, shape):
-    with pytest.raises(ValueError, match=re.escape(f"both at least 2, got {shape}")): perplexity(llama, torch.ones(shape, dtype=int))
+    with pytest.raises(ValueError, match=re.escape(f"both at least 2, got {shape}")):
+        perplexity(llama, torch.ones(shape, dtype=int))
 
 
 def test_the_document_of_every_window_is_known():
@@ -559,5 +630,5 @@ def test_the_document_of_every_window_is_known():
     text = Text("made up", [], [" ".join(map(str, n)) for n in numbers])
     windows, documents = (f(Words(), text, 6, 6) for f in (heldout_windows, window_documents))
     assert documents == [0, 1, 2, 0, 2, 0]
-    assert all(ids[0] == 0 and {*ids[1:].tolist()} <= {*numbers[d]} for ids, d in zip(windows, documents))
+    assert all(ids[0] == 0 and {*ids[1:].tolist()} <= {*numbers[d]} for ids, d in zip(windows, documents, strict=True))
     assert len({int(i) for ids in windows for i in ids[1:]}) == 6 * 5  # none overlaps

@@ -4,7 +4,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.spatial.distance import cdist, pdist, squareform
 from scipy.special import digamma, gammaln, logsumexp
@@ -60,7 +61,7 @@ def renyi_oracle(z, alpha):
 
 
 def released_oracle(z, alpha):
-    "As the paper's released code computes it: deviations of a sample, and the lower median of the whole distance matrix with its diagonal"
+    "As the paper's released code has it: deviations of a sample, lower median of all distances with the diagonal"
     varies = np.ptp(z, axis=0) > 0
     standard = (z[:, varies] - z[:, varies].mean(0)) / z[:, varies].std(0, ddof=1)
     distances = squareform(pdist(standard))
@@ -107,7 +108,8 @@ STATES = {
 }
 PARAMETERS = [
     (bucket_entropy, bucket_oracle, (2, 20, 80)), (knn_entropy, knn_oracle, (1, 5, 25)),
-    (renyi_entropy, renyi_oracle, (.5, 2., 4.)), (released, released_oracle, (2., 4.)), (matrix_entropy, matrix_oracle, (.5, 1., 2., 5.)),
+    (renyi_entropy, renyi_oracle, (.5, 2., 4.)), (released, released_oracle, (2., 4.)),
+    (matrix_entropy, matrix_oracle, (.5, 1., 2., 5.)),
 ]
 
 
@@ -126,7 +128,8 @@ def test_the_two_readings_of_renyi_differ_by_less_than_a_percent_at_256_tokens_a
         z = normal(tokens, 48).double()
         gaps[tokens] = abs(renyi_entropy(z, reading="released").item() / renyi_entropy(z).item() - 1)
     assert 1e-4 < gaps[256] < .01 < gaps[8]
-    with pytest.raises(ValueError, match="unknown reading 'paper'; choose pairs, released"): renyi_entropy(z, reading="paper")
+    with pytest.raises(ValueError, match="unknown reading 'paper'; choose pairs, released"):
+        renyi_entropy(z, reading="paper")
 
 
 def test_defaults_are_those_of_the_released_code():
@@ -271,7 +274,8 @@ def test_matrix_ignores_rotation():
 def test_ignores_order_of_tokens(estimator, name):
     z = STATES[name]
     order = torch.randperm(len(z), generator=torch.Generator().manual_seed(7))
-    for states, rel in ((z, 1e-6), (z.double(), 1e-9)): assert estimator(states[order]).item() == pytest.approx(estimator(states).item(), rel=rel)
+    for states, rel in ((z, 1e-6), (z.double(), 1e-9)):
+        assert estimator(states[order]).item() == pytest.approx(estimator(states).item(), rel=rel)
 
 
 # Batches
@@ -369,7 +373,8 @@ def test_result_is_float64_on_the_same_device(estimator, tokens, dtype, device):
 
 VIEWS = {
     "transposed": lambda: normal(8, 40, 2).permute(2, 1, 0), "strided": lambda: normal(2, 80, 24)[:, ::2, 1::3],
-    "leading dimensions swapped": lambda: normal(3, 2, 40, 8).transpose(0, 1), "expanded": lambda: normal(40, 8).expand(3, 40, 8),
+    "leading dimensions swapped": lambda: normal(3, 2, 40, 8).transpose(0, 1),
+    "expanded": lambda: normal(40, 8).expand(3, 40, 8),
 }
 
 
@@ -481,20 +486,23 @@ def test_bad_shapes(estimator, shape):
 @pytest.mark.parametrize("estimator", ALL)
 @pytest.mark.parametrize("z, got", [
     (torch.ones(30, 4, dtype=torch.int64), "torch.int64"), (torch.ones(30, 4, dtype=torch.bool), "torch.bool"),
-    (torch.ones(30, 4, dtype=torch.complex64), "torch.complex64"), (np.ones((30, 4)), "float64"), ([[1., 2.]] * 30, "list")])
+    (torch.ones(30, 4, dtype=torch.complex64), "torch.complex64"), (np.ones((30, 4)), "float64"),
+    ([[1., 2.]] * 30, "list")])
 def test_not_a_floating_point_tensor(estimator, z, got):
     with pytest.raises(ValueError, match=f"must be a floating point tensor, got {got}"): estimator(z)
 
 
 @pytest.mark.parametrize("tokens, k", [(25, 25), (3, 25), (3, 3), (1, 1)])
 def test_too_few_tokens_for_k(tokens, k):
-    with pytest.raises(ValueError, match=f"k={k} needs at least {k + 1} tokens, got {tokens}"): knn_entropy(normal(tokens, 4), k)
+    with pytest.raises(ValueError, match=f"k={k} needs at least {k + 1} tokens, got {tokens}"):
+        knn_entropy(normal(tokens, 4), k)
 
 
 @pytest.mark.parametrize("estimator, name", [(bucket_entropy, "bins"), (knn_entropy, "k")])
 @pytest.mark.parametrize("bad", [0, -1, 2.5, 20., "20", None, math.nan])
 def test_bad_counts(estimator, name, bad):
-    with pytest.raises(ValueError, match=f"^{name} must be a whole number of at least 1, got {bad!r}"): estimator(normal(30, 4), bad)
+    with pytest.raises(ValueError, match=f"^{name} must be a whole number of at least 1, got {bad!r}"):
+        estimator(normal(30, 4), bad)
 
 
 @pytest.mark.parametrize("estimator, bad", [
