@@ -1,4 +1,5 @@
-"""Profiles: what measuring costs and holds, when a stored profile is trusted, where faults are located, and how sure a boundary is."""
+"""Profiles: what measuring costs and holds, when a stored profile is trusted, where faults are located, and how sure a
+boundary is."""
 import copy
 import functools
 import gc
@@ -11,52 +12,16 @@ import pytest
 import torch
 
 from entrodrop import dynamics
+from entrodrop.architectures import BLOCKS, readout
 from entrodrop.calibration import Calibration
-from entrodrop.dynamics import BLOCKS, Profile, expansion_start, logit_lens, measure, measured, remembered
+from entrodrop.dynamics import Profile, change_point, expansion_start, logit_lens, lowest_point, measure, measured
 from entrodrop.estimators import bucket_entropy, knn_entropy, matrix_entropy, renyi_entropy
-from entrodrop.pruning import Plan, dropped
+from entrodrop.surgery import Plan, edited
 
 CHEAP = dict(bucket=bucket_entropy, matrix=matrix_entropy)
 
 
 def hooks(model): return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
-
-
-# Results that are kept
-
-def test_a_result_is_kept_for_its_settings_and_its_code(tmp_path):
-    made = []
-    def ask(settings, code="a"): return remembered(tmp_path, "result", settings, lambda: made.append(settings) or len(made), code)
-    assert [ask(dict(k=1)), ask(dict(k=1)), ask(dict(k=2)), ask(dict(k=1))] == [1, 1, 2, 1]
-    assert [ask(dict(k=1), "b"), ask(dict(k=1), "b"), ask(dict(k=2), "b")] == [3, 3, 4] and len(list(tmp_path.iterdir())) == 2
-    first, second = sorted(tmp_path.iterdir())
-    first.write_bytes(second.read_bytes())  # one put in the place of another
-    ask(dict(k=1), "b"), ask(dict(k=2), "b")
-    assert len(made) == 5
-    for damaged in ("", "[]", "{}", "{", '{"result": 7}'):
-        for path in tmp_path.iterdir(): path.write_text(damaged)
-        count = len(made)
-        assert ask(dict(k=1), "b") == count + 1
-
-
-@pytest.mark.parametrize("old, new, changes", [
-    ("head / self.total", "head / (self.total + 1)", True), ('"nll": of the text itself', '"nll": of the text', False),
-    ('"Make a set the base"', '"Let a set be the base"', False), ("for b in order:\n        if len(out) == k: break\n", "for b in order:\n\n        if len(out) == k: break\n", False)])
-def test_code_is_known_by_what_it_does(monkeypatch, old, new, changes):
-    read = dynamics._source
-    def edited(module): return read(module).replace(old, new) if module == "search" else read(module)
-    assert old in read("search")
-    before, others = dynamics.code_digest(["search"]), dynamics.code_digest(["estimators"])
-    monkeypatch.setattr(dynamics, "_source", edited)
-    assert (dynamics.code_digest(["search"]) != before) == changes and dynamics.code_digest(["estimators"]) == others
-    assert (dynamics.code_digest(["rivals"]) != before)  # which imports search, and is more
-
-
-@pytest.mark.parametrize("module, imported", [("search", "pruning"), ("search", "layerwise"), ("rivals", "estimators"), ("dynamics", "models")])
-def test_code_that_is_imported_counts(monkeypatch, module, imported):
-    read, before = dynamics._source, dynamics.code_digest([module])
-    monkeypatch.setattr(dynamics, "_source", lambda name: read(name) + ("\nlast = 1\n" if name == imported else ""))
-    assert dynamics.code_digest([module]) != before
 
 
 # One pass, and little memory
@@ -76,7 +41,8 @@ def test_no_state_outlives_its_layer(decoder, ids):
     states, alive = [], []
     def count(z):
         states.append(weakref.ref(z))
-        alive.append(sum(state() is not None for i, state in enumerate(states) if i % 11))  # the model itself keeps point 0
+        later = [state for i, state in enumerate(states) if i % 11]  # the model itself keeps point 0
+        alive.append(sum(state() is not None for state in later))
         return torch.zeros(len(z))
     measure(decoder, ids, dict(count=count), batch_size=2)
     assert len(states) == 2 * 11 and max(alive) == 3  # before, between and after
@@ -95,7 +61,8 @@ def test_pieces_do_not_matter(windowed, ids):
         alone = measure(windowed, ids[i:i + 1], CHEAP)
         for block in BLOCKS:
             for criterion in together.criteria:
-                np.testing.assert_allclose(alone.scores(block, criterion)[0], together.scores(block, criterion)[i], rtol=1e-3, atol=1e-4)
+                found, expected = alone.scores(block, criterion)[0], together.scores(block, criterion)[i]
+                np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 # Mistral: the same function as Llama, but for the window
@@ -172,7 +139,7 @@ def test_parameter_written_out_is_the_default(llama, calibration, tmp_path, coun
 
 def test_two_nameless_estimators_are_not_the_same(llama, calibration, tmp_path):
     for bins in (20, 5):
-        estimators = dict(bucket=lambda z: bucket_entropy(z, bins))
+        estimators = dict(bucket=lambda z, bins=bins: bucket_entropy(z, bins))
         found = measured(tmp_path / "p", llama, calibration, estimators)
         pd.testing.assert_frame_equal(found.table, measure(llama, calibration, estimators).table)
 
@@ -205,17 +172,21 @@ def test_nan_is_located(decoder, ids, layer, weight):
     broken = copy.deepcopy(decoder)
     broken.get_submodule(f"model.layers.{layer}.{weight}").weight.data[3, 3] = math.nan
     before = hooks(broken)
-    with pytest.raises(ValueError, match=rf"layer {layer}, after {'MLP' if 'mlp' in weight else 'attention'}: 120 of 7680 state values are NaN"): measure(broken, ids)
+    block = "MLP" if "mlp" in weight else "attention"
+    with pytest.raises(ValueError, match=f"layer {layer}, after {block}: 120 of 7680 state values are NaN"):
+        measure(broken, ids)
     assert hooks(broken) == before
 
 
 def test_sequences_too_short_for_an_estimator(llama, ids):
-    with pytest.raises(ValueError, match="layer 0, input.*k=25 needs at least 26 tokens, got 9"): measure(llama, ids[:, :9], dict(knn=knn_entropy))
+    with pytest.raises(ValueError, match="layer 0, input.*k=25 needs at least 26 tokens, got 9"):
+        measure(llama, ids[:, :9], dict(knn=knn_entropy))
 
 
 @pytest.mark.parametrize("shape", [(40,), (0, 40), (3, 0), (1, 3, 40)])
 def test_token_ids_of_the_wrong_shape(llama, shape):
-    with pytest.raises(ValueError, match=r"must have shape \(samples, length\)"): measure(llama, torch.ones(shape, dtype=int))
+    with pytest.raises(ValueError, match=r"must have shape \(samples, length\), got"):
+        measure(llama, torch.ones(shape, dtype=int))
 
 
 # The boundary
@@ -263,8 +234,35 @@ def test_boundary_of_what_is_not_finite():
     curves[3, 4] = -math.inf
     assert expansion_start(profile_of(curves)) == without
     curves[:, 4] = -math.inf
-    with pytest.raises(ValueError, match="bucket is finite for no sample.*use another criterion"): expansion_start(profile_of(curves))
-    with pytest.raises(ValueError, match="no estimator 'knn'; choose bucket"): expansion_start(profile_of(noisy_v(0)), "knn")
+    with pytest.raises(ValueError, match="bucket is finite for no sample.*use another criterion"):
+        expansion_start(profile_of(curves))
+    with pytest.raises(ValueError, match="entropy is not finite at some layers"): lowest_point(curves)
+    with pytest.raises(ValueError, match="no estimator 'knn'; choose bucket"):
+        expansion_start(profile_of(noisy_v(0)), "knn")
+
+
+def test_a_change_point_is_found_beside_outliers_and_not_invented():
+    rng = np.random.default_rng(3)
+    stages = np.where(np.arange(32) < 20, -2., 1.) + .3 * rng.standard_normal((8, 32))
+    stages[:, 5] = -1e4
+    found = change_point(stages)
+    assert found.start == 20 and found.low <= 20 <= found.high and found.p < 1e-3
+    assert found == change_point(stages)  # the draws are those of the seed
+    flat = [change_point(rng.standard_normal((1, 32))).p for _ in range(200)]
+    assert np.mean(np.array(flat) < .05) < .08  # a test of size 0.05
+    with pytest.raises(ValueError, match="not finite"): change_point(stages * np.inf)
+    with pytest.raises(ValueError, match=r"at least 3 layers, got \(32,\)"): change_point(stages[0])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_statistic_is_pettitts(seed):
+    "Against the definition, one pair at a time; ties count nothing"
+    values = np.random.default_rng(seed).integers(0, 5, 9).astype(float)
+    def u(t): return sum(np.sign(values[j] - values[i]) for i in range(t) for j in range(t, 9))
+    statistic = [u(t) for t in range(1, 9)]
+    found, highest = change_point(values[None], resamples=20), max(statistic)
+    assert found.start == 1 + int(np.argmax(statistic)) and found.agreement == 1  # one sample, drawn again and again
+    assert found.p == pytest.approx(min(1, math.exp(-6 * max(0, highest) ** 2 / (9**3 + 9**2))))
 
 
 # The logit lens
@@ -272,11 +270,10 @@ def test_boundary_of_what_is_not_finite():
 def test_lens_at_each_depth_is_a_model_cut_there(decoder, ids):
     lens = logit_lens(decoder, ids).set_index(["depth", "sample"])
     with torch.inference_mode():
-        final = decoder(ids).logits.argmax(-1)
+        final, embedded = decoder(ids).logits.argmax(-1), readout(decoder)(decoder.get_input_embeddings()(ids))
         for depth in range(6):
-            upper = tuple(range(depth, 5))
-            cut = Plan("layer", "depth", len(upper), upper, (0.,) * 5, "none", (), None, 5, {})
-            with dropped(decoder, cut): logits = decoder(ids).logits
+            cut = Plan.dropping([("layer", i) for i in range(max(depth, 1), 5)], 5)
+            with edited(decoder, cut): logits = decoder(ids).logits if depth else embedded  # no plan drops all layers
             entropy = torch.distributions.Categorical(logits=logits).entropy().mean(-1)
             np.testing.assert_allclose(lens.entropy[depth], entropy, rtol=1e-4)
             np.testing.assert_allclose(lens.agreement[depth], (logits.argmax(-1) == final).float().mean(-1), rtol=1e-6)

@@ -1,4 +1,5 @@
-"""Dropped blocks against models whose blocks say zero, in every way a model is run; what stays behind; and what a plan may say."""
+"""Dropped blocks against models whose blocks say zero, in every way a model is run; what stays behind; and what a
+ranking may say."""
 import copy
 import gc
 import json
@@ -8,25 +9,25 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_architectures import by_hand
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, MistralConfig
 from transformers.cache_utils import Cache
 
-from entrodrop.dynamics import BLOCKS, Profile, measure
+from entrodrop.architectures import BLOCKS, decoder_layers, fingerprint
+from entrodrop.dynamics import Profile, measure
 from entrodrop.estimators import bucket_entropy, matrix_entropy
-from entrodrop.models import decoder_layers, describe_model, fingerprint
-from entrodrop.pruning import Plan, drop, dropped, plan
+from entrodrop.models import describe_model
+from entrodrop.pruning import Ranking, rank
+from entrodrop.surgery import Block, Plan, drop, edited
 
-SETS = [(0,), (4,), (0, 2, 3), (0, 1, 2, 3, 4)]
+ALL = (0, 1, 2, 3, 4)
+SETS = [(0,), (4,), (0, 2, 3), ALL]
+CASES = [(target, gone) for target in BLOCKS for gone in SETS if (target, gone) != ("layer", ALL)]  # which is no plan
 each_target = pytest.mark.parametrize("target", BLOCKS)
-each_set = pytest.mark.parametrize("gone", SETS, ids=str)
-
-
-def by_hand(target, gone, layers=5, provenance=None):
-    "A plan that drops these blocks"
-    order = (*gone, *(i for i in range(layers) if i not in gone))
-    return Plan(target, "by hand", len(gone), order, (0.,) * layers, "none", (), None, layers, provenance or {})
+each_case = pytest.mark.parametrize("target, gone", CASES, ids=str)
 
 
 def silenced(model, target, gone):
@@ -46,7 +47,8 @@ def kept(gone, layers=5): return [i for i in range(layers) if i not in gone]
 def logits(model, ids): return model(ids).logits
 
 
-def greedy(model, ids, tokens=12, **options): return model.generate(ids, max_new_tokens=tokens, do_sample=False, **options)
+def greedy(model, ids, tokens=12, **options):
+    return model.generate(ids, max_new_tokens=tokens, do_sample=False, **options)
 
 
 def slots(model): return [m.layer_idx for m in model.modules() if hasattr(m, "layer_idx")]
@@ -54,30 +56,27 @@ def slots(model): return [m.layer_idx for m in model.modules() if hasattr(m, "la
 
 # What a pruned model computes
 
-@each_set
-@each_target
+@each_case
 def test_logits_are_those_of_silenced_blocks(decoder, ids, target, gone):
     expected = logits(silenced(decoder, target, gone), ids)
     assert not torch.allclose(expected, logits(decoder, ids), rtol=.1)
-    with dropped(decoder, by_hand(target, gone)): torch.testing.assert_close(logits(decoder, ids), expected)
+    with edited(decoder, by_hand(target, gone)): torch.testing.assert_close(logits(decoder, ids), expected)
 
 
-@each_set
-@each_target
+@each_case
 def test_generation_with_any_cache_is_generation_without(decoder, ids, target, gone):
     prompts = ids[:, :12]
     expected = greedy(silenced(decoder, target, gone), prompts, use_cache=False)
-    with dropped(decoder, by_hand(target, gone)):
+    with edited(decoder, by_hand(target, gone)):
         for options in (dict(use_cache=True), dict(use_cache=False), dict(cache_implementation="static")):
             assert torch.equal(greedy(decoder, prompts, **options), expected)
 
 
-@pytest.mark.parametrize("gone", [(0, 3), (0, 1, 2, 3, 4)], ids=str)
-@each_target
+@pytest.mark.parametrize("target, gone", [(t, (0, 3)) for t in BLOCKS] + [("attention", ALL), ("mlp", ALL)], ids=str)
 def test_padded_batch_is_each_prompt_alone(decoder, ids, target, gone):
     prompts = [ids[0, :2], ids[1, :7], ids[2, :13]]
     batch = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left", padding_value=0)
-    with dropped(decoder, by_hand(target, gone)):
+    with edited(decoder, by_hand(target, gone)):
         together = greedy(decoder, batch, attention_mask=(batch != 0).long())[:, 13:]
         alone = [greedy(decoder, p[None], attention_mask=torch.ones_like(p[None]))[0, len(p):] for p in prompts]
     assert torch.equal(together, torch.stack(alone))
@@ -85,10 +84,12 @@ def test_padded_batch_is_each_prompt_alone(decoder, ids, target, gone):
 
 @each_target
 def test_dropped_blocks_change_nothing_in_a_profile(decoder, ids, target):
-    with dropped(decoder, by_hand(target, (0, 3))): profile = measure(decoder, ids, dict(bucket=bucket_entropy, matrix=matrix_entropy))
+    with edited(decoder, by_hand(target, (0, 3))):
+        profile = measure(decoder, ids, dict(bucket=bucket_entropy, matrix=matrix_entropy))
     if target == "layer": assert profile.layers == 3
     else:
-        assert (profile.scores(target, "bucket")[:, [0, 3]] == 0).all() and (profile.scores(target, "bucket")[:, [1, 2, 4]] != 0).any(0).all()
+        scores = profile.scores(target, "bucket")
+        assert (scores[:, [0, 3]] == 0).all() and (scores[:, [1, 2, 4]] != 0).any(0).all()
         np.testing.assert_allclose(profile.scores(target, "cosine")[:, [0, 3]], 0, atol=1e-6)
 
 
@@ -100,8 +101,7 @@ def parameters_of(target, hidden=64, heads=4, kv_heads=2, inner=128):
     return dict(attention=attention, mlp=mlp, layer=attention + mlp)[target]
 
 
-@each_set
-@each_target
+@each_case
 def test_flops_fall_by_the_share_of_the_blocks(decoder, ids, target, gone):
     model = copy.deepcopy(decoder)
     model.set_attn_implementation("eager")  # whose products are counted on every device
@@ -109,7 +109,7 @@ def test_flops_fall_by_the_share_of_the_blocks(decoder, ids, target, gone):
         with FlopCounterMode(display=False) as counter: logits(model, ids)
         return counter.get_total_flops()
     before = flops()
-    with dropped(model, by_hand(target, gone)): after = flops()
+    with edited(model, by_hand(target, gone)): after = flops()
     samples, length = ids.shape
     token_pairs = 0 if target == "mlp" else 2 * 2 * samples * length**2 * 64  # queries by keys, weights by values
     assert before - after == len(gone) * (2 * samples * length * parameters_of(target) + token_pairs)
@@ -122,22 +122,22 @@ def cached(model, ids):
     return [(layer.keys, layer.values) for layer in cache.layers if layer.is_initialized]
 
 
-@each_set
-@pytest.mark.parametrize("target", ["attention", "layer"])
+@pytest.mark.parametrize("target, gone", [case for case in CASES if case[0] != "mlp"], ids=str)
 def test_cache_holds_kept_attention_only(decoder, ids, target, gone):
     full = cached(silenced(decoder, target, gone), ids)
-    with dropped(decoder, by_hand(target, gone)): small = cached(decoder, ids)
+    with edited(decoder, by_hand(target, gone)): small = cached(decoder, ids)
     assert len(full) == 5
     torch.testing.assert_close(small, [full[i] for i in kept(gone)])
 
 
-@each_set
-@each_target
+@each_case
 def test_drop_lets_go_of_the_weights(decoder, ids, target, gone):
     model, expected = copy.deepcopy(decoder), logits(silenced(decoder, target, gone), ids)
     before = model.num_parameters()
-    parts = dict(attention=["self_attn", "input_layernorm"], mlp=["mlp", "post_attention_layernorm"], layer=[""])[target]
-    weights = [weakref.ref(p) for i in gone for name in parts for p in model.model.layers[i].get_submodule(name).parameters()]
+    names = dict(attention=["self_attn", "input_layernorm"], mlp=["mlp", "post_attention_layernorm"], layer=[""])
+    parts = [model.model.layers[i].get_submodule(name) for i in gone for name in names[target]]
+    weights = [weakref.ref(p) for part in parts for p in part.parameters()]
+    del parts
     assert drop(model, by_hand(target, gone)) is model
     gc.collect()
     assert weights and all(w() is None for w in weights)
@@ -160,16 +160,17 @@ def test_model_without_layers_is_an_ordinary_model(decoder, ids, tmp_path, gone)
 
 def everything(model):
     "All that could change: every module and weight, where the weights lie, the config, the cache slots"
-    return [(n, id(m), m.training) for n, m in model.named_modules()], [(n, p.data_ptr()) for n, p in model.named_parameters()], model.config.to_dict(), slots(model)
+    modules = [(n, id(m), m.training) for n, m in model.named_modules()]
+    return modules, [(n, p.data_ptr()) for n, p in model.named_parameters()], model.config.to_dict(), slots(model)
 
 
 @pytest.mark.parametrize("fails", [False, True])
-@each_set
-@each_target
+@each_case
 def test_restored_bit_for_bit(decoder, ids, target, gone, fails):
-    before, weights, dense = everything(decoder), {n: p.clone() for n, p in decoder.state_dict().items()}, logits(decoder, ids)
+    before, dense = everything(decoder), logits(decoder, ids)
+    weights = {n: p.clone() for n, p in decoder.state_dict().items()}
     try:
-        with dropped(decoder, by_hand(target, gone)):
+        with edited(decoder, by_hand(target, gone)):
             assert everything(decoder) != before
             greedy(decoder, ids, 2)
             if fails: decoder(ids + 1000)  # beyond the vocabulary
@@ -182,17 +183,17 @@ def test_restored_bit_for_bit(decoder, ids, target, gone, fails):
 @each_target
 def test_fingerprint_changes_and_returns(decoder, target):
     before = fingerprint(decoder)
-    with dropped(decoder, by_hand(target, (1,))): assert fingerprint(decoder) != before
+    with edited(decoder, by_hand(target, (1,))): assert fingerprint(decoder) != before
     assert fingerprint(decoder) == before
 
 
-@each_set
-@each_target
+@each_case
 def test_config_and_slots_agree_with_the_layers(target, gone):
     kinds = ["full_attention", "sliding_attention"] * 2 + ["full_attention"]
-    config = MistralConfig(num_hidden_layers=5, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, vocab_size=10, layer_types=kinds)
+    config = MistralConfig(num_hidden_layers=5, hidden_size=16, intermediate_size=16, num_attention_heads=2,
+                           num_key_value_heads=1, vocab_size=10, layer_types=kinds)
     model = AutoModelForCausalLM.from_config(config)
-    with dropped(model, by_hand(target, gone)):
+    with edited(model, by_hand(target, gone)):
         left = kept(gone) if target == "layer" else range(5)
         assert model.config.num_hidden_layers == len(decoder_layers(model)) == len(left)
         assert model.config.layer_types == [kinds[i] for i in left]
@@ -205,13 +206,14 @@ def test_config_and_slots_agree_with_the_layers(target, gone):
 
 
 @pytest.mark.parametrize("outer, inner", [
-    (("attention", (1, 3)), ("mlp", (0, 3))), (("mlp", (0, 4)), ("attention", (0, 2))), (("attention", (0, 1)), ("attention", (1, 2))),
+    (("attention", (1, 3)), ("mlp", (0, 3))), (("mlp", (0, 4)), ("attention", (0, 2))),
+    (("attention", (0, 1)), ("attention", (1, 2))),
     (("mlp", (2,)), ("layer", (2, 4))), (("attention", (0, 3)), ("layer", (1, 3)))], ids=str)
 def test_nested(decoder, ids, outer, inner):
     before, outside = everything(decoder), silenced(decoder, *outer)
-    with dropped(decoder, by_hand(*outer)):
+    with edited(decoder, by_hand(*outer)):
         between = everything(decoder)
-        with dropped(decoder, by_hand(*inner)):
+        with edited(decoder, by_hand(*inner)):
             torch.testing.assert_close(logits(decoder, ids), logits(silenced(outside, *inner), ids))
             assert slots(decoder) == list(range(len(slots(decoder))))
             assert torch.equal(greedy(decoder, ids), greedy(decoder, ids, use_cache=False))
@@ -221,9 +223,9 @@ def test_nested(decoder, ids, outer, inner):
 
 
 def test_plan_for_the_whole_does_not_fit_what_is_left(decoder):
-    with dropped(decoder, by_hand("layer", (1, 3))):
+    with edited(decoder, by_hand("layer", (1, 3))):
         with pytest.raises(ValueError, match="layers 5 there, 3 here"):
-            with dropped(decoder, by_hand("attention", (0,))): pass
+            with edited(decoder, by_hand("attention", (0,))): pass
         assert len(decoder_layers(decoder)) == 3
 
 
@@ -232,20 +234,22 @@ def test_states_first_asked_for_while_pruned(llama, ids, target, recorded):
     model = copy.deepcopy(llama)
     model.set_attn_implementation("eager")
     def count(): return len(model(ids, **{f"output_{recorded}": True})[recorded])
-    with dropped(model, by_hand(target, (1, 3))): inside = count()
+    with edited(model, by_hand(target, (1, 3))): inside = count()
     assert count() == inside + 2
 
 
-# Plans
+# Rankings
 
 def profile_of(scores, provenance=None):
     "A profile with these scores of all kinds of blocks under the bucket estimator and cosine, `(samples, layers)`"
     samples, layers = scores.shape
-    index = pd.MultiIndex.from_product([range(samples), range(layers)], names=["sample", "layer"]).to_frame(index=False)
+    index = pd.MultiIndex.from_product([range(samples), range(layers)], names=["sample", "layer"])
     curve = np.concatenate([np.zeros((samples, 1)), scores.cumsum(1)], 1)
-    tables = [index.assign(block=b, criterion=c, before=curve[:, :-1].ravel(), after=curve[:, 1:].ravel(), score=scores.ravel())
+    columns = dict(before=curve[:, :-1].ravel(), after=curve[:, 1:].ravel(), score=scores.ravel())
+    tables = [index.to_frame(index=False).assign(block=b, criterion=c, **columns)
               for b in BLOCKS for c in ("bucket", "cosine")]
-    return Profile(pd.concat(tables, ignore_index=True), dict(model=dict(layers=layers), estimators=dict(bucket=dict(bins=20))) | (provenance or {}))
+    known = dict(model=dict(layers=layers), estimators=dict(bucket=dict(bins=20)))
+    return Profile(pd.concat(tables, ignore_index=True), known | (provenance or {}))
 
 
 @st.composite
@@ -259,34 +263,46 @@ def score_tables(draw):
 @settings(deadline=None, max_examples=100, derandomize=True)
 @given(score_tables(), st.sampled_from(list(BLOCKS)), st.sampled_from(["bucket", "cosine", "random"]),
        st.sampled_from(["stage1", "literal", "released", "none", None]), st.sets(st.integers(0, 9)), st.integers(0, 3))
-def test_plan_of_anything(scores, target, criterion, protection, protect, seed):
+def test_ranking_of_anything(scores, target, criterion, protection, protect, seed):
     layers = scores.shape[1]
-    protect = {l for l in protect if l < layers}
-    p = plan(profile_of(scores), target, criterion, 0, protection, protect, seed=seed)
-    protected = set(protect)
-    if protection == "released": protected |= {0, 1, layers - 1} & set(range(layers))
+    protect = {i for i in protect if i < layers}
+    found = rank(profile_of(scores), target, criterion, protection, protect, seed=seed)
+    start, order, protected = found.record["start"], found.layers_of(target), set(protect)
+    if protection == "released": protected |= {i for i in (0, 1, layers - 1) if i < layers}
     if protection == "stage1" or protection is None and criterion == "bucket":
         climbed = [0, *scores.mean(0).cumsum()]
-        assert climbed[p.start] == pytest.approx(min(climbed))
-        protected |= set(range(p.start))
+        assert climbed[start] == pytest.approx(min(climbed))
+        protected |= set(range(start))
     elif protection == "literal":
-        lowest = plan(profile_of(scores), target, criterion, 0, "stage1", protect, seed=seed).start
-        assert p.start == max(0, lowest - 1)
-        protected |= set(range(p.start))
-    else: assert p.start is None
-    assert p.protected == tuple(sorted(protected))
-    assert sorted(p.order) == [l for l in range(layers) if l not in protected]
-    ranks = [(p.scores[l], l) for l in p.order]
-    assert ranks == sorted(ranks)
-    if criterion != "random": assert p.scores == pytest.approx(scores.mean(0))
-    for k in range(len(p.order) + 1): assert set(p.at(k).drop) == set(p.order[:k]) and len(p.at(k).drop) == k
-    with pytest.raises(ValueError, match=f"k={k + 1} but only {k} "): p.at(k + 1)
+        lowest = rank(profile_of(scores), target, criterion, "stage1", protect, seed=seed).record["start"]
+        assert start == max(0, lowest - 1)
+        protected |= set(range(start))
+    else: assert start is None
+    assert found.record["protected"] == tuple(sorted(protected))
+    assert found.blocks == tuple((target, i) for i in order) and len(found) == len(order)
+    assert sorted(order) == [i for i in range(layers) if i not in protected]
+    ranks = list(zip(found.scores, order, strict=True))
+    assert ranks == sorted(ranks) and list(found.scores) == [found.record["all_scores"][i] for i in order]
+    if criterion != "random": assert found.record["all_scores"] == pytest.approx(scores.mean(0))
+    most = len(order) - (target == "layer" and len(order) == layers)  # all layers are no plan
+    for k in range(most + 1):
+        assert found.first(k) == Plan.dropping(found.blocks[:k], layers, found.model, record(found, k))
+    with pytest.raises(ValueError, match=f"k={len(order) + 1} but only {len(order)} "): found.first(len(order) + 1)
+    if most < len(order):
+        with pytest.raises(ValueError, match=f"this plan drops all {layers} layers; lower k"): found.first(len(order))
+
+
+def record(found, k):
+    "What a plan says of a ranking that has no steps"
+    said = dict(method=found.method, k=k, order=found.blocks, scores=found.scores, tokens=found.tokens)
+    return [said | dict(found.record)]
 
 
 def test_random_criterion_is_its_seed(llama, ids):
     profile = measure(llama, ids, dict(bucket=bucket_entropy))
-    orders = [plan(profile, criterion="random", seed=s).order for s in range(20)]
-    assert orders == [plan(profile, criterion="random", seed=s).order for s in range(20)] and len(set(orders)) > 10
+    orders = [rank(profile, criterion="random", seed=s).blocks for s in range(20)]
+    assert orders == [rank(profile, criterion="random", seed=s).blocks for s in range(20)]
+    assert len(set(orders)) > 10
 
 
 SCORES = np.array([[-1., 3, 0, 2, 5, 1], [-1., 2, 1, 2, 5, 1]])
@@ -295,76 +311,122 @@ SCORES = np.array([[-1., 3, 0, 2, 5, 1], [-1., 2, 1, 2, 5, 1]])
 @pytest.mark.parametrize("protection", ["stage1", "literal", "released", "none"])
 @pytest.mark.parametrize("criterion", ["bucket", "cosine", "random"])
 def test_plan_is_the_same_after_a_round_trip(tmp_path, criterion, protection):
-    made = plan(profile_of(SCORES, dict(text=dict(data="pydoc"))), "mlp", criterion, 2, protection, protect=(3,))
+    text = dict(data="pydoc", samples=2, length=7)
+    made = rank(profile_of(SCORES, dict(text=text)), "mlp", criterion, protection, protect=(3,)).first(2)
     made.save(tmp_path / "plan.json")
     read = Plan.load(tmp_path / "plan.json")
-    assert read == made and read.drop == made.drop
-    assert json.loads((tmp_path / "plan.json").read_text())["drop"] == list(made.drop)
+    assert read == made and read.gone("mlp") == made.gone("mlp") and len(read.gone("mlp")) == 2
+    assert json.loads((tmp_path / "plan.json").read_text())["drop"]["mlp"] == list(made.gone("mlp"))
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    (said,) = read.record
+    assert (read.method, read.protection, said["k"], said["text"]) == (criterion, protection, 2, text)
+    assert said["tokens"] == (0 if criterion == "random" else 14) and 3 in said["protected"]
 
 
 def test_from_profile_to_file_to_model(decoder, ids, tmp_path):
     measure(decoder, ids, dict(bucket=bucket_entropy), name="tiny").save(tmp_path / "profile")
-    plan(Profile.load(tmp_path / "profile"), "attention", "cosine", 2).save(tmp_path / "plan.json")
+    rank(Profile.load(tmp_path / "profile"), "attention", "cosine").first(2).save(tmp_path / "plan.json")
     read = Plan.load(tmp_path / "plan.json")
-    expected = logits(silenced(decoder, "attention", read.drop), ids)
-    with dropped(decoder, read): torch.testing.assert_close(logits(decoder, ids), expected)
+    expected = logits(silenced(decoder, "attention", read.gone("attention")), ids)
+    with edited(decoder, read): torch.testing.assert_close(logits(decoder, ids), expected)
 
 
-@pytest.mark.parametrize("apply", [drop, lambda model, p: dropped(model, p).__enter__()], ids=["drop", "dropped"])
+@pytest.mark.parametrize("apply", [drop, lambda model, p: edited(model, p).__enter__()], ids=["drop", "edited"])
 @pytest.mark.parametrize("fields, message", [
     (dict(layers=6), "layers 6 there, 5 here"), (dict(hidden=32), "hidden 32 there, 64 here"),
-    (dict(model_type="other"), "model_type other there, {model_type} here"), (dict(layers=4, hidden=128), "layers 4 there, 5 here, hidden 128 there, 64 here")])
+    (dict(model_type="other"), "model_type other there, {model_type} here"),
+    (dict(layers=4, hidden=128), "layers 4 there, 5 here, hidden 128 there, 64 here")])
 def test_plan_for_another_model(decoder, apply, fields, message):
     described = describe_model(decoder, "tiny") | fields
-    p, before = by_hand("attention", (1,), described["layers"], dict(model=described)), everything(decoder)
-    with pytest.raises(ValueError, match="made for another model: " + message.format(model_type=decoder.config.model_type) + "; make a plan"): apply(decoder, p)
+    p, before = by_hand("attention", (1,), described["layers"], described), everything(decoder)
+    said = "made for another model: " + message.format(model_type=decoder.config.model_type) + "; make a plan"
+    with pytest.raises(ValueError, match=said): apply(decoder, p)
     assert everything(decoder) == before
 
 
 def test_the_plan_of_one_architecture_does_not_fit_the_other(llama, mistral, ids):
-    p = plan(measure(llama, ids, dict(bucket=bucket_entropy)), criterion="cosine", k=1)
+    p = rank(measure(llama, ids, dict(bucket=bucket_entropy)), criterion="cosine").first(1)
     with pytest.raises(ValueError, match="model_type llama there, mistral here"): drop(mistral, p)
 
 
 @pytest.mark.parametrize("k", [-1, 1.0, 2.5, "2", None])
 def test_k_that_is_no_count(k):
-    with pytest.raises(ValueError, match=f"k must be a whole number of at least 0, got {k!r}"): plan(profile_of(SCORES), k=k)
-    with pytest.raises(ValueError, match=f"got {k!r}"): plan(profile_of(SCORES)).at(k)
+    with pytest.raises(ValueError, match=f"k must be a whole number of at least 0, got {k!r}"):
+        rank(profile_of(SCORES)).first(k)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(k=6), r"k=6 but only 5 attention blocks lie in the expansion stage \(layers 1 to 5\); choose k ≤ 5 or protect fewer"),
-    (dict(k=4, target="mlp", protection="released"), "k=4 but only 3 mlp blocks lie outside the 3 protected layers; choose k ≤ 3"),
-    (dict(k=7, criterion="random"), "k=7 but only 6 attention blocks lie outside the 0 protected layers; choose k ≤ 6"),
-    (dict(target="heads"), "unknown target 'heads'; choose attention, mlp, layer"),
-    (dict(criterion="knn"), "unknown criterion 'knn'; choose bucket, cosine, random"),
-    (dict(protection="all"), "unknown protection 'all'; choose stage1, literal, released, none"),
-    (dict(criterion="cosine", protection="stage1", boundary="knn"), "no estimator 'knn'; choose bucket"),
-    (dict(protect=[6]), r"cannot protect layers \[6\]: the model has layers 0 to 5"),
-    (dict(protect=[2, -1, 99]), r"cannot protect layers \[-1, 99\]"),
+@pytest.mark.parametrize("k, arguments, message", [
+    (6, {}, r"k=6 but only 5 attention blocks lie in the expansion stage \(layers 1 to 5\); choose k ≤ 5 or protect "
+            r"fewer \(protection='stage1'\)"),
+    (4, dict(target="mlp", protection="released"),
+     "k=4 but only 3 mlp blocks lie outside the 3 protected layers; choose k ≤ 3"),
+    (7, dict(criterion="random"), "k=7 but only 6 attention blocks lie outside the 0 protected layers; choose k ≤ 6"),
+    (3, dict(target="layer", criterion="cosine", protect=range(4)),
+     "k=3 but only 2 layers lie outside the 4 protected layers"),
+    (1, dict(protect=range(6)), "k=1 but only 0 attention blocks lie in the expansion stage"),
+    (0, dict(target="heads"), "unknown target 'heads'; choose attention, mlp, layer"),
+    (0, dict(criterion="knn"), "unknown criterion 'knn'; choose bucket, cosine, random"),
+    (0, dict(protection="all"), "unknown protection 'all'; choose stage1, literal, released, none"),
+    (0, dict(criterion="cosine", protection="stage1", boundary="knn"), "no estimator 'knn'; choose bucket"),
+    (0, dict(protect=[6]), r"cannot protect layers \[6\]: the model has layers 0 to 5"),
+    (0, dict(protect=[2, -1, 99]), r"cannot protect layers \[-1, 99\]"),
 ], ids=lambda value: None if isinstance(value, str) else str(value))
-def test_plan_that_cannot_be(arguments, message):
-    with pytest.raises(ValueError, match=message): plan(profile_of(SCORES), **arguments)
+def test_plan_that_cannot_be(k, arguments, message):
+    with pytest.raises(ValueError, match=message): rank(profile_of(SCORES), **arguments).first(k)
 
 
 def test_scores_that_are_not_finite():
     scores = SCORES.copy()
     scores[0, 3] = np.nan
-    assert plan(profile_of(scores), criterion="cosine", protection="none").scores == tuple(scores[1:].mean(0))
+    found = rank(profile_of(scores), criterion="cosine", protection="none")
+    assert found.record["all_scores"] == list(scores[1:].mean(0))
     scores[:, 5] = -np.inf
-    with pytest.raises(ValueError, match="cosine is finite for no sample"): plan(profile_of(scores), criterion="cosine", protection="none")
+    with pytest.raises(ValueError, match="cosine is finite for no sample"):
+        rank(profile_of(scores), criterion="cosine", protection="none")
 
 
-@pytest.mark.parametrize("order", [(0, 9), (0, -1), (0, 0)], ids=str)
-def test_file_that_names_impossible_layers(llama, tmp_path, order):
-    by_hand("attention", (0, 1)).save(tmp_path / "plan.json")
-    fields = json.loads((tmp_path / "plan.json").read_text()) | dict(order=order)
-    (tmp_path / "plan.json").write_text(json.dumps(fields))
-    model = copy.deepcopy(llama)
-    before = everything(model)
-    with pytest.raises(ValueError, match="must name each droppable layer of 5 once"): drop(model, Plan.load(tmp_path / "plan.json"))
-    assert everything(model) == before
+def search(**more):
+    "What a search over blocks of both kinds might have found"
+    blocks = [("mlp", 2), ("attention", 0), ("mlp", 0), ("attention", 3)]
+    return Ranking(blocks, [.1, .2, .2, .4], "greedy", dict(layers=5), **more)
+
+
+def test_a_ranking_of_two_kinds():
+    found = search(tokens=90)
+    assert found.blocks[1] == Block("attention", 0) and isinstance(found.blocks[1], Block)
+    assert (found.layers_of("mlp"), found.layers_of("layer")) == ((2, 0), ())
+    assert found.first(2).edits == Plan.dropping([("mlp", 2), ("attention", 0)], 5).edits
+    assert found.first(3).gone("layer") == (0,) and found.first(3).k == 2  # both blocks of layer 0 are the layer
+    with pytest.raises(ValueError, match="k=5 but greedy has only 4 blocks; choose k ≤ 4"): found.first(5)
+
+
+@pytest.mark.parametrize("budget, blocks", [(0, 0), (.5, 1), (3, 1), (3.1, 2), (4, 2), (7, 3), (8, 4)])
+def test_within_a_budget(budget, blocks):
+    cost = {("mlp", 0): 3, ("mlp", 2): 3, ("attention", 0): 1, ("attention", 3): 1}
+    found = search()
+    assert found.within(budget, cost) == found.first(blocks)
+    with pytest.raises(ValueError, match="budget=9, but all 4 blocks save 8"): found.within(9, cost)
+
+
+def test_a_plan_says_what_finding_so_many_blocks_took():
+    steps = pd.DataFrame(dict(k=[1, 2, 4], loss=[3., 3.1, 3.5], tokens=[10, 25, 40]))
+    found = search(tokens=40, steps=steps)
+    assert [found.first(k).record[0]["tokens"] for k in range(5)] == [40, 10, 25, 25, 40]
+
+
+def test_blocks_that_were_chosen_together():
+    found = search(nested=False)
+    assert found.first(4).record[0]["k"] == 4
+    for k in (0, 1, 3):
+        with pytest.raises(ValueError, match=f"k={k}, but greedy chose its 4 blocks together; search again for {k}"):
+            found.first(k)
+
+
+@pytest.mark.parametrize("blocks, scores, message", [
+    ([("mlp", 1), ("mlp", 1)], [0, 0], "a block is ranked twice"),
+    ([("mlp", 1)], [0, 0], "one score for each block")])
+def test_a_ranking_that_cannot_be(blocks, scores, message):
+    with pytest.raises(ValueError, match=message): Ranking(blocks, scores, "by hand", dict(layers=5))
 
 
 # A real model
@@ -373,7 +435,7 @@ def test_embedded_model_without_three_attention_blocks(embedded):
     model, tokenizer = embedded
     prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
     before, dense = everything(model), logits(model, prompt)
-    with dropped(model, by_hand("attention", (0, 5, 12), 30)):
+    with edited(model, by_hand("attention", (0, 5, 12), 30)):
         assert not torch.equal(logits(model, prompt), dense)
         with_cache, without = (greedy(model, prompt, use_cache=c) for c in (True, False))
     assert torch.equal(with_cache, without) and with_cache.shape[1] == prompt.shape[1] + 12
