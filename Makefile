@@ -1,13 +1,16 @@
 # Everything a user or CI runs. `make demo` and `make test` need Python 3.10 or newer and make, nothing else.
+# `make test-fast` is what to run between two edits: in two minutes, all that needs no real model and no whole notebook.
 PYTHON ?= python3
 BIN := .venv/bin
-NOTEBOOKS := api/figures api/stats 00_entropy_estimators api/nemotron_nas api/models api/layerwise api/calibration 01_two_stage_dynamics 02_pruning 03_benchmarks api/speed api/gguf_files 04_checkpoints_and_speed api/rivals 05_beyond_the_paper api/regenerate index
+# In this order, which puts a notebook behind what it imports
+NOTEBOOKS := api/files api/stats api/figures 00_entropy_estimators api/nemotron_nas api/architectures api/surgery api/models api/layerwise api/calibration 01_two_stage_dynamics 02_pruning api/rivals api/stores api/workers 03_benchmarks api/copying 04_checkpoints_and_speed api/gguf_files api/speed 05_beyond_the_paper 06_healing api/regenerate index findings
 STUDIES := ablations boundary budgets calibration_sets cost_of_measuring healing larger_than_memory
 MODEL ?= smollm2-135m
 QUIET := HF_HUB_OFFLINE=1 TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error
-STATE := { git status --porcelain -- nbs entrodrop README.md; git diff -- nbs entrodrop README.md; } | git hash-object --stdin
+RENDERED := nbs entrodrop README.md FINDINGS.md
+STATE := { git status --porcelain -- $(RENDERED); git diff -- $(RENDERED); } | git hash-object --stdin
 
-.PHONY: install demo figures test test-serving test-cluster test-tasks check notebooks bench bench-large bench-speed bench-tasks bench-search bench-search-wikitext studies readme lab clean
+.PHONY: install demo figures test test-fast test-serving test-cluster test-tasks check notebooks bench bench-large bench-speed bench-tasks bench-search bench-search-wikitext studies readme lab clean
 
 install: .venv/.installed
 
@@ -32,6 +35,10 @@ test: check
 	ENTRODROP_FIGURES=$(CURDIR)/build/test/figures HF_HUB_OFFLINE=1 $(BIN)/nbdev_test --n_workers 1 --do_print --timing
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
+# Logic on tiny models; what a test must do to be left out is in tests/conftest.py
+test-fast: install
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" --durations 5 tests
+
 # vLLM and llama.cpp, each in an environment of its own under .serving (4 GB; llama.cpp compiles for about ten minutes), on real pruned checkpoints
 test-serving: install .serving/.installed
 	HF_HUB_OFFLINE=1 ENTRODROP_SERVING=$(CURDIR)/.serving $(BIN)/python -m pytest -q tests/test_serving.py
@@ -54,12 +61,15 @@ test-tasks: install
 	.serving/llama/bin/pip install --quiet llama-cpp-python==0.3.36
 	touch $@
 
-# Exporting, cleaning and rendering must change nothing: the package is what the notebooks say
+# The code is tidy and the modules keep to themselves (.ruff.toml, tests/rooms.py); and exporting, cleaning and rendering
+# must change nothing: the package is what the notebooks say
 check: install
+	$(BIN)/ruff check
+	$(BIN)/python tests/rooms.py
 	@before=$$($(STATE)); \
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(MAKE) --no-print-directory readme && \
 	after=$$($(STATE)); \
-	if [ "$$before" != "$$after" ]; then git diff --stat -- nbs entrodrop README.md; \
+	if [ "$$before" != "$$after" ]; then git diff --stat -- $(RENDERED); \
 	  echo "nbdev_export, nbdev_clean or make readme changed these files: commit the result"; exit 1; fi
 
 # Run every notebook in place, in order, with progress bars off; then commit the result
@@ -104,15 +114,22 @@ study-%: install
 	cd nbs/studies && $(QUIET) $(CURDIR)/$(BIN)/jupyter execute --inplace $*.ipynb
 	$(BIN)/nbdev_clean --fname nbs/studies/$*.ipynb
 
-# The front page is nbs/index.ipynb; its links are relative to nbs/
-readme: install
+# $(call page,NAME,NOTEBOOK): NAME.md from nbs/NOTEBOOK.ipynb, whose links are relative to nbs/. Pictures are links to files in
+# figures/, in prose or in an output; a picture that is itself an output would be a second copy of its file
+define page
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --TagRemovePreprocessor.enabled=True \
-	  --TagRemovePreprocessor.remove_cell_tags hide --TagRemovePreprocessor.remove_input_tags hide-input --output-dir . --output README nbs/index.ipynb
-	sed -i.bak -e 's#](\.\./#](#g' -e 's#](\([a-z0-9_/]*\.ipynb\))#](nbs/\1)#g' README.md && rm README.md.bak
-	awk '/^```[a-z]/ {inside = 1; print; next} /^```$$/ {print inside ? "```" : "```python"; inside = !inside; next} 1' README.md > README.tmp && mv README.tmp README.md
+	  --TagRemovePreprocessor.remove_cell_tags hide --TagRemovePreprocessor.remove_input_tags hide-input --output-dir . --output $(1) nbs/$(2).ipynb
+	@if [ -e $(1)_files ]; then rm -r $(1)_files; echo "an output in nbs/$(2).ipynb is a picture: link to its file in figures/ instead"; exit 1; fi
+	sed -i.bak -e 's#](\.\./#](#g' -e 's|](\([a-z0-9_/]*\.ipynb\)\(#[^)]*\)*)|](nbs/\1\2)|g' $(1).md && rm $(1).md.bak
+	awk '/^```[a-z]/ {inside = 1; print; next} /^```$$/ {print inside ? "```" : "```python"; inside = !inside; next} 1' $(1).md > $(1).tmp && mv $(1).tmp $(1).md
+endef
+
+readme: install
+	$(call page,README,index)
+	$(call page,FINDINGS,findings)
 
 lab: install
 	$(BIN)/jupyter lab nbs
 
 clean:
-	rm -rf build .venv .serving *.egg-info
+	rm -rf build .venv .serving .ruff_cache *.egg-info
