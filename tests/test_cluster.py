@@ -1,14 +1,16 @@
-"Sweeps through joblib on a local cluster of two workers: the rows of one process, also when a worker is killed half way. The clusters are an extra: pip install -e '.[cluster]'"
+"""Sweeps through joblib on a local cluster of two workers: the rows of one process, also when a worker is killed.
+
+The clusters are an extra: pip install -e '.[cluster]'"""
 import os
 
+import dying
 import pytest
 import torch
+from test_benchmarks import TASKS, same_rows, several
 
-import dying
 from entrodrop import benchmarks
 from entrodrop.benchmarks import local_tasks, sweep
 from entrodrop.dynamics import measure
-from test_benchmarks import TASKS, same_rows, several
 
 try: local_tasks()
 except ModuleNotFoundError as e: pytest.skip(str(e), allow_module_level=True)
@@ -16,7 +18,8 @@ except ModuleNotFoundError as e: pytest.skip(str(e), allow_module_level=True)
 
 def ray_cluster():
     ray = pytest.importorskip("ray", reason="needs Ray and Dask: make test-cluster")
-    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, runtime_env=dict(env_vars=dict(PYTHONPATH=os.path.dirname(__file__))))
+    environment = dict(env_vars=dict(PYTHONPATH=os.path.dirname(__file__)))
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, runtime_env=environment)
     return ray.shutdown, dict(ray_remote_args=dict(num_cpus=1))
 
 
@@ -26,14 +29,21 @@ def dask_cluster():
     return client.shutdown, {}
 
 
-@pytest.mark.parametrize("backend", ["ray", "dask"])
-def test_a_cluster_gives_the_rows_of_one_process_and_outlives_a_worker(backend, word_model, word_folder, tmp_path, monkeypatch):
-    stop, pool = dict(ray=ray_cluster, dask=dask_cluster)[backend]()
+CLUSTERS = dict(ray=ray_cluster, dask=dask_cluster)
+
+
+@pytest.mark.parametrize("backend", CLUSTERS)
+def test_a_cluster_gives_the_rows_of_one_process_and_outlives_a_worker(backend, word_model, word_folder, tmp_path,
+                                                                       monkeypatch):
+    stop, pool = CLUSTERS[backend]()
     try:
-        plans = several(measure(word_model[0], torch.randint(3, 250, (4, 40), generator=torch.Generator().manual_seed(0))))
+        ids = torch.randint(3, 250, (4, 40), generator=torch.Generator().manual_seed(0))
+        plans = several(measure(word_model[0], ids))
         alone = sweep(*word_model, plans, TASKS, tmp_path / "alone", 4)
-        same_rows(alone, sweep(str(word_folder), None, plans, TASKS, tmp_path / "cluster", 4, jobs=2, backend=backend, pool=pool))
-        monkeypatch.setattr(benchmarks, "_fill_in_worker", dying.once)
-        same_rows(alone, sweep(str(word_folder), None, plans, TASKS, tmp_path / "killed/store", 4, jobs=2, backend=backend, pool=pool))
+        def on_cluster(store):
+            return sweep(str(word_folder), None, plans, TASKS, tmp_path / store, 4, jobs=2, backend=backend, pool=pool)
+        same_rows(alone, on_cluster("cluster"))
+        monkeypatch.setattr(benchmarks, "fill_cell", dying.once)
+        same_rows(alone, on_cluster("killed/store"))
         assert (tmp_path / "killed/died").exists()
     finally: stop()
