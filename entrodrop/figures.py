@@ -132,8 +132,9 @@ def _spread(places, gap):
     return spread
 
 def label_ends(ax, marks, size=7):
-    "Write the names of lines right of where they end"
-    fig = ax.figure
+    "Write the names of lines right of where they end; one that has no end has no name"
+    marks, fig = [mark for mark in marks if np.isfinite(mark.y)], ax.figure
+    if not marks: return
     fig.draw_without_rendering()  # only then are the sizes known
     gap = 1.3 * size * fig.dpi / 72 / ax.get_window_extent().height
     ends = (ax.transScale + ax.transLimits).transform([(mark.x, mark.y) for mark in marks])
