@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER_TASKS', 'LOCAL_TASKS', 'DIFFERENCES', 'HEADLINE', 'Requests', 'Cell', 'FORMAT', 'ENTRIES', 'local_tasks',
-           'load_task', 'paper_tasks', 'item_limit', 'evaluate', 'plan_entries', 'make_cell', 'read_rows', 'pack_rows',
-           'fill_cell', 'sweep', 'summarise', 'write_table']
+           'load_task', 'paper_tasks', 'item_limit', 'evaluate', 'plan_entries', 'check_plan', 'make_cell', 'read_rows',
+           'pack_rows', 'fill_cell', 'sweep', 'summarise', 'write_table']
 
 # %% ../nbs/03_benchmarks.ipynb #76f3dab0
 import copy
@@ -31,8 +31,8 @@ from .calibration import data_folder
 from .files import write_text
 from .stats import Interval
 from .stores import Store, digest, fill, pack
-from .surgery import Drop, LinearMap, edited, plan_record
-from .workers import Source, check_source, finish, opened_in_worker, parallel, started
+from .surgery import Drop, LinearMap, check_fits, edited, other_weights, plan_record
+from .workers import Opened, Source, check_source, finish, opened_in_worker, parallel, started
 
 # %% ../nbs/03_benchmarks.ipynb #6db6f3a7
 PAPER_TASKS = ("piqa", "hellaswag", "winogrande", "wsc273", "commonsense_qa", "mmlu", "cmmlu", "arc_easy",
@@ -214,6 +214,18 @@ def plan_entries(plan # a `Plan`, or None for the model as it is
     edits = {name: plan_record(plan)[name] for name in ("drop", "linear", "new_weights")}
     return dict(target=plan.kind, drop=[], edits=edits | dict(tensors=_tensor_digest(plan)))
 
+# %% ../nbs/03_benchmarks.ipynb #be2c0101
+def check_plan(at,    # `Source`, or what it is when it is `opened`
+               facts, # what `opened` says of the model
+               plan,  # a `Plan`
+              ):
+    "Raise `ValueError`, before anything is evaluated or read, for a plan for another model"
+    if isinstance(at, Opened) and at.model is not None: check_fits(at.model, plan, strict=False)
+    made, weights = plan.model, facts["model"]
+    same_dtype = made.get("dtype") in (None, weights.get("dtype"))
+    if same_dtype and made.get("fingerprint") not in (None, weights.get("fingerprint")):
+        raise ValueError(other_weights(made))
+
 # %% ../nbs/03_benchmarks.ipynb #be2c000f
 def make_cell(facts, # what `opened` says of the model
               plan,  # a `Plan`, or None
@@ -249,7 +261,8 @@ def read_rows(store, cell)->list:
     return found["rows"]
 
 def _is_cell(key, found):
-    return not ENTRIES - found.keys() and found["format"] <= FORMAT and digest(found["cell"]) == key
+    if ENTRIES - found.keys() or not isinstance(found["format"], int): return False
+    return found["format"] <= FORMAT and digest(found["cell"]) == key
 
 def pack_rows(folder # of a store
              )->int: # so many cells were packed
@@ -312,10 +325,12 @@ def sweep(model,        # a decoder in memory; or what names one: a Hub id, a fo
     `RuntimeError` if workers die and nothing more gets done. Finished cells are kept."""
     source, alone = Source(model, tokenizer, batch_size, engine, options), jobs == 1 and not backend
     check_source(source, plans, alone)
+    if label in plans: raise ValueError(f"{label!r} is the model itself; give the plan of that label another name")
     limits, store = _ready(tasks, limit, store)
     wanted = [(name, plan, task) for name, plan in {label: None, **plans}.items() for task in tasks]
     with parallel(jobs, backend, **pool or {}):
         at, facts = started(source, alone)
+        for plan in plans.values(): check_plan(at, facts, plan)
         cells = [make_cell(facts, plan, task, limits[task]) for _, plan, task in wanted]
         _fill_all(at, store, cells, alone, jobs)
     tables = (pd.DataFrame(read_rows(store, cell)).assign(label=name, **_told(plan, label))

@@ -27,7 +27,7 @@ from transformers import (
 from .architectures import PARTIAL, architecture, decoder_config, decoder_layers, fingerprint
 from .files import cache_folder
 from .nemotron_nas import LinearAttention
-from .surgery import Plan, drop
+from .surgery import Plan, drop, refuse_to_save
 
 # %% ../nbs/api/models.ipynb #d0de1002
 def check_complete(name, # of the model, for the error
@@ -135,6 +135,7 @@ def _partial_model(fields):
         base.__init__(self, config, *args, **kwargs)
         layers, name, hidden = decoder_layers(self), architecture(self).attention, decoder_config(self).hidden_size
         for i in linear: setattr(layers[i], name, LinearAttention(hidden))
+        self.save_pretrained = refuse_to_save
         for kind in ("attention", "mlp"):  # one at a time: a layer that lacks both is still counted
             drop(self, Plan.dropping([block for block in left_out if block[0] == kind], len(layers)))
     return config, type(base.__name__, (base,), dict(__init__=__init__, __module__=base.__module__))

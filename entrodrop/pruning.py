@@ -8,6 +8,7 @@ __all__ = ['PROTECTIONS', 'protected_layers', 'Ranking', 'rank']
 # %% ../nbs/02_pruning.ipynb #bc698d7e
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import numpy as np
 from pandas import DataFrame
@@ -80,19 +81,23 @@ def _too_few(ranking, k):
             f"(protection={record['protection']!r})")
 
 def _first(ranking, k):
-    if not isinstance(k, int) or k < 0: raise ValueError(f"k must be a whole number of at least 0, got {k!r}")
+    whole = isinstance(k, Integral) and not isinstance(k, bool)
+    if not whole or k < 0: raise ValueError(f"k must be a whole number of at least 0, got {k!r}")
     if k > len(ranking): raise ValueError(_too_few(ranking, k))
     if not ranking.nested and k != len(ranking):
         raise ValueError(f"k={k}, but {ranking.method} chose its {len(ranking)} blocks together; search again for {k}")
     steps = ranking.steps
-    until = ranking.tokens if steps is None or not (steps.k <= k).any() else steps[steps.k <= k].tokens.iloc[-1]
-    found = dict(method=ranking.method, k=k, order=[list(b) for b in ranking.blocks], scores=list(ranking.scores),
+    until = ranking.tokens if steps is None else steps.tokens[steps.k <= k].max() if k else 0
+    found = dict(method=ranking.method, k=int(k), order=[list(b) for b in ranking.blocks], scores=list(ranking.scores),
                  tokens=float(until))
     return Plan.dropping(ranking.blocks[:k], ranking.model["layers"], ranking.model, [found | dict(ranking.record)])
 
+# %% ../nbs/02_pruning.ipynb #f1c1e324
 def _enough(ranking, budget, cost):
+    unknown = [tuple(b) for b in ranking.blocks if b not in cost]
+    if unknown: raise ValueError(f"cost says nothing of {unknown[:3]}; give what each block of the ranking saves")
     saved = np.cumsum([cost[b] for b in ranking.blocks])
-    if budget > 0 and not (saved >= budget).any():
+    if not budget <= 0 and not (saved >= budget).any():
         raise ValueError(f"budget={budget:g}, but all {len(ranking)} blocks save {saved[-1] if len(saved) else 0:g}")
     return int((saved >= budget).argmax()) + 1 if budget > 0 else 0
 

@@ -188,7 +188,7 @@ def _walk(merger, k, threshold, merge, interval, low):
     while at >= low and layers - len(found) < k:
         most, below = k - (layers - len(found)), len(found) - 1 - at
         trial = _collapse(found, at, min(merge - 1, below, most))
-        if merger.similarity(trial) <= threshold: at -= 1
+        if not merger.similarity(trial) > threshold: at -= 1  # nor where it is not finite
         else: found, at = trial, min(at - interval, len(trial) - merge)
     return found
 

@@ -126,17 +126,22 @@ def _check_text(ids, loss):
     if loss not in ("kl", "nll"): raise ValueError(f"unknown loss {loss!r}; choose kl or nll")
 
 # %% ../nbs/05_beyond_the_paper.ipynb #f1a69321
+def _own_edits(trials, blocks):
+    "The edits of a set or a plan. Raises `ValueError` for a plan for another model"
+    own = Plan({}, trials.counter.layers, trials.described)
+    return _edits(own | blocks if isinstance(blocks, Plan) else blocks)
+
 @torch.inference_mode()
 def _make_base(trials, blocks):
     "Make a set the base"
-    edits = _edits(blocks)
+    edits = _own_edits(trials, blocks)
     trials.passes += trials.counter.passes(edits, trials.kept.start(edits))
     _rebase(trials.kept, edits)
 
 @torch.inference_mode()
 def _losses(trials, blocks, batches=None):
     "Loss of the model without a set, for each sequence of some batches; infinite where a prediction is not finite"
-    edits, found = _edits(blocks), []
+    edits, found = _own_edits(trials, blocks), []
     start = trials.kept.start(edits)
     batches = range(len(trials.ids)) if batches is None else batches
     with _under(trials.kept, edits) as run:

@@ -41,12 +41,12 @@ def read_lines(path # of a packed file
         raise ValueError(f"{path} is damaged ({' '.join(str(e).split())}); take it from where it came from, or delete "
                          "it, and what it held is evaluated again") from e
     return {key: {name: text for name, text in line.items() if text is not None} for key, line in lines.items()}
-
 def write_lines(path,  # of a packed file
                 lines, # {key: {name of an entry: JSON text}}
                ):
     "Write a packed file under a temporary name, and rename it once it is on the disk"
     keys, names = sorted(lines), sorted({name for line in lines.values() for name in line})
+    if "key" in names: raise ValueError("an entry of a packed file cannot be called 'key', as its column of keys is")
     columns = {"key": keys} | {name: [lines[key].get(name) for key in keys] for name in names}
     table = pa.table({name: pa.array(column, pa.string()) for name, column in columns.items()})
     temporary = Path(path).with_name(f".{Path(path).name}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALLOWED', 'FORMAT', 'Block', 'Drop', 'LinearMap', 'NewWeights', 'Plan', 'plan_record', 'write_plan', 'read_plan',
-           'DroppedBlock', 'swap', 'layer_fields', 'other_weights', 'check_fits', 'edited', 'drop']
+           'DroppedBlock', 'swap', 'layer_fields', 'refuse_to_save', 'other_weights', 'check_fits', 'edited', 'drop']
 
 # %% ../nbs/api/surgery.ipynb #5c4e0003
 import inspect
@@ -80,7 +80,7 @@ def _normal(edits, layers):
     edits = {Block(b.kind, int(b.layer)): e for b, e in edits.items()}  # numpy's whole numbers are not JSON
     dropped = {kind: {b.layer for b, e in edits.items() if b.kind == kind and e == Drop()} for kind in BLOCKS}
     whole = dropped["layer"] | dropped["attention"] & dropped["mlp"]
-    kept = {b: e for b, e in edits.items() if b.layer not in whole}
+    kept = {b: e for b, e in edits.items() if b.layer not in whole and e != NewWeights({})}
     return dict(sorted((kept | {Block("layer", i): Drop() for i in whole}).items()))
 
 # %% ../nbs/api/surgery.ipynb #5c4e000b
@@ -150,7 +150,8 @@ class Plan(_Counted):
 def _same_model(a, b):
     "The description that both plans share. Raises `ValueError` for plans for different models"
     if a.layers != b.layers: raise ValueError(f"one plan is for {a.layers} layers, the other for {b.layers}")
-    for name in ("model_type", "hidden", "fingerprint"):
+    same_dtype = a.model.get("dtype") == b.model.get("dtype")
+    for name in ("model_type", "hidden", *(["fingerprint"] if same_dtype else [])):
         here, there = a.model.get(name), b.model.get(name)
         if None not in (here, there) and here != there:
             raise ValueError(f"these plans are for different models, {name} {here} and {there}; take one profile")
@@ -205,6 +206,7 @@ def write_plan(plan, # a `Plan`
               ):
     "Write a plan; the JSON file knows the other by its digest"
     path, held, digest = Path(path), _tensors(plan) if tensors else {}, None
+    if path.suffix != ".json": raise ValueError(f"a plan is written to a .json file, got {str(path)!r}")
     if held:
         temporary = path.with_name(f".{os.getpid()}-{path.stem}.safetensors")
         try:
@@ -245,6 +247,7 @@ def read_plan(path # of the JSON file
     if not isinstance(fields, dict) or "drop" not in fields: raise ValueError(f"{path} is no plan")
     try: return _read_fields(path, fields)
     except KeyError as e: raise ValueError(f"{path} lacks {e}; make the plan again") from e
+    except (TypeError, AttributeError) as e: raise ValueError(f"{path} is no plan ({e})") from e
 
 # %% ../nbs/api/surgery.ipynb #1256854d
 class DroppedBlock(nn.Module):
@@ -298,7 +301,8 @@ def _number_slots(undo, model):
     for i, module in kept.items(): swap(undo, module, "layer_idx", next(free[kinds[i]]))
 
 # %% ../nbs/api/surgery.ipynb #5c4e0018
-def _refuse_to_save(*args, **kwargs):
+def refuse_to_save(*args, **kwargs):
+    "Stands in the place of `save_pretrained` of a model that it would not save as it is"
     raise ValueError("a model that lacks some attention or MLP blocks is not saved: transformers would load it with "
                      "random weights in their place. entrodrop.checkpoints.save writes a folder that loads as it "
                      "should, from the dense model and the plan")
@@ -326,7 +330,7 @@ def _replace_attention(undo, model, layer, weight):
     name, module = architecture(model).attention, decoder_layers(model)[layer]
     with torch.device("meta"): block = LinearAttention(decoder_config(model).hidden_size)
     with torch.inference_mode(False):
-        weight = weight.to(next(getattr(module, name).parameters()))
+        weight = weight.to(next(getattr(module, name).parameters()), copy=True)  # the plan's own stays what it is
         block.linear_attn.weight = nn.Parameter(weight, requires_grad=False)
     swap(undo, module, name, block)
 
@@ -337,7 +341,8 @@ def _reweigh(undo, model, layer, tensors):
         owner, _, own = name.rpartition(".")
         old = module.get_parameter(name)
         with torch.inference_mode(False):
-            swap(undo, module.get_submodule(owner), own, nn.Parameter(tensor.to(old), requires_grad=old.requires_grad))
+            new = nn.Parameter(tensor.to(old, copy=True), requires_grad=old.requires_grad)
+        swap(undo, module.get_submodule(owner), own, new)
 
 def _edit(undo, model, plan):
     "Do all that a plan says: whole layers last, so that layers keep their numbers until then"
@@ -345,9 +350,9 @@ def _edit(undo, model, plan):
     for i in plan.reweighted: _reweigh(undo, model, i, plan.edits["layer", i].tensors)
     for i in plan.linear: _replace_attention(undo, model, i, plan.edits["attention", i].weight)
     for kind in ("attention", "mlp"): _drop_blocks(undo, model, kind, plan.gone(kind))
-    if plan.gone("attention") or plan.gone("mlp") or plan.linear: swap(undo, model, "save_pretrained", _refuse_to_save)
+    if plan.gone("attention") or plan.gone("mlp") or plan.linear: swap(undo, model, "save_pretrained", refuse_to_save)
     if plan.gone("layer"): _drop_layers(undo, model, plan.keep)
-    if plan.k: _number_slots(undo, model)
+    _number_slots(undo, model)
 
 # %% ../nbs/api/surgery.ipynb #5c4e001b
 def _check_shape(model, plan):
@@ -389,7 +394,8 @@ def check_fits(model, # a supported decoder
     _check_shape(model, plan)
     _check_tensors(model, plan)
     made = plan.model.get("fingerprint")
-    if not strict or made is None or plan.model.get("dtype") != str(model.dtype).removeprefix("torch."): return
+    same_dtype = plan.model.get("dtype") in (None, str(model.dtype).removeprefix("torch."))
+    if not strict or made is None or not same_dtype: return
     if made != fingerprint(model): raise ValueError(other_weights(plan.model))
 
 # %% ../nbs/api/surgery.ipynb #5c4e001d

@@ -62,7 +62,7 @@ def opened(source)->Opened:
     name, _, batch_size, engine, options = source
     key = str(name), batch_size, engine, json.dumps(options, sort_keys=True, default=str)
     if _HELD.get("key") == key: return _HELD["model"]
-    _HELD.pop("model", None)  # before the next one needs the memory
+    for what in ("key", "model"): _HELD.pop(what, None)  # before the next one needs the memory
     if engine == "vllm": found = _in_vllm(name, options)
     else: found = _in_memory(load_model(name, **options), load_tokenizer(name), batch_size)
     _HELD.update(key=key, model=found)

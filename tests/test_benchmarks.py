@@ -37,6 +37,7 @@ from entrodrop.dynamics import measure
 from entrodrop.pruning import rank
 from entrodrop.stores import PACKED, Store
 from entrodrop.surgery import LinearMap, NewWeights, Plan
+from entrodrop.workers import Source
 
 pytest.importorskip("datasets")
 try: local_tasks()
@@ -506,3 +507,27 @@ def test_the_papers_tasks_run_from_the_hubs_cache(word_model, task):
     rows = evaluate(HFLM(pretrained=word_model[0], tokenizer=word_model[1], batch_size=8), task, 6)
     assert {r["n"] for r in rows} == {6} and all(0 < r["chance"] <= .5 for r in rows)
     assert [r["metric"] for r in rows if r["headline"]] == [benchmarks.HEADLINE.get(task, "acc")]
+
+
+@pytest.mark.parametrize("plan, said", [
+    (Plan.dropping([("attention", 1)], 28), "another model: layers 28 there, 4 here"),
+    (Plan.dropping([("attention", 1)], 4, dict(model_type="gpt2")), "another model: model_type gpt2 there"),
+    (Plan.dropping([("attention", 1)], 4, dict(fingerprint="another")), "other weights")])
+def test_a_plan_for_another_model_has_no_rows_even_where_some_are(plan, said, word_model, tmp_path, evaluations):
+    arguments = ["arc_easy:validation"], tmp_path / "rows", 2
+    sweep(*word_model, {"right": Plan.dropping([("attention", 1)], 4)}, *arguments)
+    done = len(evaluations)
+    with pytest.raises(ValueError, match=said): sweep(*word_model, {"wrong": plan}, *arguments)
+    assert len(evaluations) == done
+
+
+def test_no_plan_takes_the_place_of_the_model_itself(word_model, tmp_path):
+    with pytest.raises(ValueError, match="'dense' is the model itself"):
+        sweep(*word_model, {"dense": Plan({}, 4)}, ["arc_easy:validation"], tmp_path / "rows", 2)
+
+
+def test_a_load_that_failed_is_forgotten(word_folder, tmp_path):
+    sources = [Source(name, None, 2, "transformers", dict(device="cpu")) for name in (word_folder, tmp_path / "none")]
+    first = workers.opened(sources[0])
+    with pytest.raises(FileNotFoundError): workers.opened(sources[1])
+    assert workers.opened(sources[0]).facts == first.facts

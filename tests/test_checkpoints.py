@@ -470,3 +470,17 @@ def test_windows_are_refused_by_the_form_that_has_none(windowed, tmp_path):
         save(windowed, PLANS["attention"], tmp_path / "never")
     assert save(windowed, PLANS["attention"], tmp_path / "own", form="entrodrop").exists()
     assert save(windowed, PLANS["layer"], tmp_path / "plain").exists()
+
+
+def test_a_map_in_the_place_of_the_first_attention_leaves_its_cache_slot_to_the_next(named, ids, tmp_path):
+    "The slots are numbered anew when such a checkpoint is loaded, or the next token would believe it is the first"
+    name, model, _ = named
+    plan = mapped(0)
+    with torch.inference_mode(), edited(model, plan):
+        output = model(ids, use_cache=True)
+        token = output.logits[:, -1:].argmax(-1)
+        expected = step(model, token, cache_of(output)).logits
+    save(model, plan, tmp_path / "mapped", form=form_for(name, plan))
+    loaded = load_model(tmp_path / "mapped", device="cpu")
+    with torch.inference_mode():
+        torch.testing.assert_close(step(loaded, token, cache_of(loaded(ids, use_cache=True))).logits, expected)

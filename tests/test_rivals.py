@@ -8,6 +8,7 @@ import torch
 from conftest import DECODERS, LAYERS, make_decoder
 from onlooker import multiplications
 
+from entrodrop import rivals
 from entrodrop.architectures import decoder_layers, fingerprint, layers_share, multiplied, stream
 from entrodrop.rivals import (
     PUBLISHED_ORDERS,
@@ -225,3 +226,8 @@ def test_published_orders_are_rankings():
         assert plan.edits.keys() == {Block("layer", i) for i in known["order"][:4]} and plan.layers == 32
         assert plan.model["hidden"] == 4096 and "2410.14649" in plan.record[0]["source"]
     with pytest.raises(ValueError, match="no published order for 'gpt2'"): published_ranking("gpt2")
+
+
+def test_a_merge_whose_similarity_is_not_finite_is_not_kept(llama, text, monkeypatch):
+    monkeypatch.setattr(rivals._Merger, "similarity", lambda self, mixtures: float("nan"))
+    assert laco(llama, text, k=2, step=None).k == 0

@@ -418,3 +418,11 @@ ATTENTION = [("attention", 0)]
     (lambda m, t: iterative(m, t, "attention", "cosine", 0, {}), "k must be a whole number")])
 def test_bad_input(call, message, llama, text):
     with pytest.raises(ValueError, match=message): call(llama, text)
+
+
+@pytest.mark.parametrize("of", [dict(layers=3), dict(model=dict(model_type="gpt2")), dict(model=dict(hidden=7))])
+def test_a_plan_for_another_model_is_not_tried(of, llama, text):
+    trials = Trials(llama, text)
+    plan = Plan.dropping([("attention", 1)], **dict(layers=5) | of)
+    for tried in (trials.losses, trials.rebase):
+        with pytest.raises(ValueError, match="different models|one plan is for"): tried(plan)

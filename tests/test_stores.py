@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from entrodrop.stores import PACKED, Store, fill, pack, read_lines
+from entrodrop.stores import PACKED, Store, fill, pack, read_lines, write_lines
 
 
 def any_result(key, result): return True
@@ -178,3 +178,9 @@ def test_numbers_come_back_to_the_last_digit(tmp_path):
     pack(store, any_result)
     found, _ = store.read("a")
     assert list(map(repr, found["numbers"])) == list(map(repr, numbers)) and found["nothing"] != found["nothing"]
+
+
+def test_an_entry_called_key_is_refused_before_anything_is_written(tmp_path):
+    lines = {"a": {"key": "1"}}
+    with pytest.raises(ValueError, match="cannot be called 'key'"): write_lines(tmp_path / "rows.parquet", lines)
+    assert not list(tmp_path.iterdir())

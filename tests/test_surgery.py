@@ -490,3 +490,39 @@ def test_an_architecture_without_an_entry_is_refused_first(llama, monkeypatch):
 
 def test_blocks_are_plain_tuples():
     assert Block("mlp", 3) == ("mlp", 3) and Block("mlp", 3).kind == "mlp" and {("mlp", 3): 1}[Block("mlp", 3)] == 1
+
+
+def test_a_plan_keeps_its_tensors_whatever_becomes_of_the_model(llama):
+    "Neither training a model after its surgery nor a plan made of the model's own weights changes the other"
+    model, name = copy.deepcopy(llama), "mlp.down_proj.weight"
+    own = decoder_layers(model)[1].get_parameter(name)
+    plan = Plan({("layer", 1): NewWeights({name: own}), ("attention", 2): LinearMap(torch.eye(64))}, LAYERS)
+    before, said = own.clone(), copy.deepcopy(plan)
+    with edited(model, plan):
+        decoder_layers(model)[1].mlp.down_proj.weight.data.zero_()
+        decoder_layers(model)[2].self_attn.linear_attn.weight.data.zero_()
+    assert torch.equal(own, before) and plan == said
+
+
+def test_a_fingerprint_counts_where_no_dtype_is_said(llama):
+    plan = Plan.dropping([("attention", 1)], LAYERS, dict(fingerprint="another"))
+    with pytest.raises(ValueError, match="other weights"), edited(llama, plan): pass
+
+
+def test_plans_made_in_two_dtypes_of_one_model_join():
+    here, there = (Plan({}, 3, dict(fingerprint=f, dtype=d)) for f, d in (("a", "bfloat16"), ("b", "float32")))
+    assert (here | there).model["fingerprint"] == "a"
+
+
+@pytest.mark.parametrize("damaged", [dict(drop=[1]), dict(format="2"), dict(layers="5"), dict(drop=dict(mlp=3))])
+def test_a_plan_of_the_wrong_types_is_named(damaged, tmp_path):
+    path = tmp_path / "plan.json"
+    write_plan(Plan.dropping([("mlp", 1)], 3), path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | damaged))
+    with pytest.raises(ValueError, match=r"plan\.json is no plan"): Plan.load(path)
+
+
+@pytest.mark.parametrize("name", ["plan", "plan-0.5", "plan.safetensors"])
+def test_a_plan_is_a_json_file(name, tmp_path):
+    with pytest.raises(ValueError, match=r"written to a \.json file"): Plan({}, 3).save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
