@@ -150,8 +150,8 @@ class Plan(_Counted):
 def _same_model(a, b):
     "The description that both plans share. Raises `ValueError` for plans for different models"
     if a.layers != b.layers: raise ValueError(f"one plan is for {a.layers} layers, the other for {b.layers}")
-    same_dtype = a.model.get("dtype") == b.model.get("dtype")
-    for name in ("model_type", "hidden", *(["fingerprint"] if same_dtype else [])):
+    dtypes = {plan.model["dtype"] for plan in (a, b) if "dtype" in plan.model}  # in each, the fingerprint is another
+    for name in ("model_type", "hidden", *(["fingerprint"] if len(dtypes) < 2 else [])):
         here, there = a.model.get(name), b.model.get(name)
         if None not in (here, there) and here != there:
             raise ValueError(f"these plans are for different models, {name} {here} and {there}; take one profile")
