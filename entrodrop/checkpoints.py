@@ -27,7 +27,6 @@ from .models import load_model, load_tokenizer
 from entrodrop.surgery import (
     Block,
     DroppedBlock,
-    LinearMap,
     NewWeights,
     Plan,
     check_fits,
@@ -163,15 +162,6 @@ def only_our_code(folder # of a checkpoint
     return (folder / MODELLING).read_bytes() == modelling_source().encode()
 
 # %% ../nbs/04_checkpoints_and_speed.ipynb #15d9b72c
-def _apart(plan):
-    "The plan with tensors that share no memory: transformers takes those that do for tied ones"
-    def own(tensor): return tensor.clone(memory_format=torch.contiguous_format)
-    def copied(edit):
-        if isinstance(edit, LinearMap): return LinearMap(own(edit.weight))
-        if isinstance(edit, NewWeights): return NewWeights({name: own(t) for name, t in edit.tensors.items()})
-        return edit
-    return Plan({block: copied(edit) for block, edit in plan.edits.items()}, plan.layers, plan.model, plan.record)
-
 def write_weights(source,         # a model in memory, or a `Checkpoint`
                   plan,           # a `Plan` that fits it
                   folder,
@@ -179,7 +169,7 @@ def write_weights(source,         # a model in memory, or a `Checkpoint`
                  ):
     "Write the weights that a model has after the edits of a plan"
     if isinstance(source, Checkpoint): return copy_weights(source, plan, folder, max_shard_size)
-    with edited(source, _apart(plan), strict=False):  # whose own `save_pretrained` refuses
+    with edited(source, plan, strict=False):  # whose own `save_pretrained` refuses
         PreTrainedModel.save_pretrained(source, folder, max_shard_size=max_shard_size)
 
 # %% ../nbs/04_checkpoints_and_speed.ipynb #d90d2d94

@@ -15,7 +15,6 @@ from collections import namedtuple
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -25,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .architectures import decoder_layers
 from .files import write_text
-from .surgery import other_weights
+from .surgery import other_weights, own_copy
 
 # %% ../nbs/api/copying.ipynb #c0991006
 def _umask():
@@ -138,7 +137,7 @@ def _value(files, one):
     "What is written for a tensor"
     old = files[one.path].get_tensor(one.old)
     if one.value is None: return old
-    return one.value.to("cpu", old.dtype).clone(memory_format=torch.contiguous_format)  # shares memory with no other
+    return own_copy(one.value, old.device, old.dtype)
 
 def copy_weights(checkpoint,     # a `Checkpoint`
                  plan,           # a `Plan` that fits it

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .architectures import BLOCKS, decoder_layers, readout, stream
-from .calibration import Calibration
+from .calibration import Calibration, describe_text
 from .estimators import ESTIMATORS
 from .files import cache_folder, file_digest, write_text
 from .layerwise import Checkpoint, states_file, stream_checkpoint
@@ -160,7 +160,7 @@ def profile_provenance(model, name, calibration, estimators, batch_size)->dict:
     described = model.describe(name) if isinstance(model, Checkpoint) else describe_model(model, name)
     versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers")}
     return dict(model=described, text=calibration.provenance, batch_size=batch_size,
-                tokens_sha256=hashlib.sha256(calibration.ids.cpu().numpy().tobytes()).hexdigest(),
+                tokens_sha256=describe_text(calibration.ids)["tokens_sha256"],
                 estimators={n: _settings(f) for n, f in estimators.items()},
                 versions=dict(entrodrop=__version__, python=platform.python_version(), **versions))
 

@@ -80,16 +80,19 @@ def _too_few(ranking, k):
     return (f"k={k} but only {have} {name} lie {where}; choose k ≤ {have} or protect fewer "
             f"(protection={record['protection']!r})")
 
+def _until(ranking, k):
+    "Tokens that went through the model until the first k blocks were found"
+    if ranking.steps is None: return float(ranking.tokens)
+    return float(ranking.steps.tokens[ranking.steps.k <= k].max()) if k else 0.
+
 def _first(ranking, k):
     whole = isinstance(k, Integral) and not isinstance(k, bool)
     if not whole or k < 0: raise ValueError(f"k must be a whole number of at least 0, got {k!r}")
     if k > len(ranking): raise ValueError(_too_few(ranking, k))
     if not ranking.nested and k != len(ranking):
         raise ValueError(f"k={k}, but {ranking.method} chose its {len(ranking)} blocks together; search again for {k}")
-    steps = ranking.steps
-    until = ranking.tokens if steps is None else steps.tokens[steps.k <= k].max() if k else 0
     found = dict(method=ranking.method, k=int(k), order=[list(b) for b in ranking.blocks], scores=list(ranking.scores),
-                 tokens=float(until))
+                 tokens=_until(ranking, k))
     return Plan.dropping(ranking.blocks[:k], ranking.model["layers"], ranking.model, [found | dict(ranking.record)])
 
 # %% ../nbs/02_pruning.ipynb #f1c1e324

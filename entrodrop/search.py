@@ -23,18 +23,9 @@ from .calibration import describe_text
 from .dynamics import measure
 from .models import describe_model
 from .pruning import Ranking, rank
-from .surgery import Block, Drop, LinearMap, NewWeights, Plan, edited
+from .surgery import Block, Drop, LinearMap, NewWeights, Plan, edited, normal_edits
 
 # %% ../nbs/05_beyond_the_paper.ipynb #f1a6931a
-def _edits(blocks):
-    "What a set of blocks, or a plan, does to each block; a layer that loses both its attention and its MLP goes whole"
-    edits = blocks.edits if isinstance(blocks, Plan) else {Block(*block): Drop() for block in blocks}
-    dropped = {kind: {b.layer for b, edit in edits.items() if b.kind == kind and edit == Drop()}
-               for kind in ("attention", "mlp", "layer")}
-    whole = dropped["layer"] | dropped["attention"] & dropped["mlp"]
-    others = {block: edit for block, edit in edits.items() if block.layer not in whole}
-    return others | {Block("layer", i): Drop() for i in whole}
-
 class _Kept:
     "The states before every layer, under the edits of a base, for each batch of a text"
     def __init__(self, model, parts):
@@ -128,8 +119,9 @@ def _check_text(ids, loss):
 # %% ../nbs/05_beyond_the_paper.ipynb #f1a69321
 def _own_edits(trials, blocks):
     "The edits of a set or a plan. Raises `ValueError` for a plan for another model"
-    own = Plan({}, trials.counter.layers, trials.described)
-    return _edits(own | blocks if isinstance(blocks, Plan) else blocks)
+    layers = trials.counter.layers
+    if isinstance(blocks, Plan): return (Plan({}, layers, trials.described) | blocks).edits
+    return normal_edits(dict.fromkeys(blocks, Drop()), layers)  # which may leave no layer, as a plan does not
 
 @torch.inference_mode()
 def _make_base(trials, blocks):

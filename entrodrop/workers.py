@@ -23,9 +23,9 @@ from torch import nn
 from tqdm import tqdm
 
 from .architectures import check_weights
+from .files import digest
 from .layerwise import Checkpoint
 from .models import describe_model, load_model, load_tokenizer
-from .stores import digest
 
 # %% ../nbs/api/workers.ipynb #30be0006
 Source = namedtuple("Source", "model tokenizer batch_size engine options")  # the model in memory, or its name

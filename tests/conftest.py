@@ -135,6 +135,12 @@ def make_decoder(name):
     return model
 
 
+@pytest.fixture(scope="module", params=list(DECODERS))
+def named(request):
+    "Name and model of each architecture in turn; shared, so a test that changes weights takes a copy"
+    return request.param, make_decoder(request.param)
+
+
 @pytest.fixture(scope="session")
 def llama():
     return tiny(LlamaConfig)

@@ -31,12 +31,6 @@ each_target = pytest.mark.parametrize("target", ["attention", "mlp", "layer"])
 close = dict(rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(scope="module", params=list(DECODERS))
-def named(request):
-    "Name and model of each architecture in turn; shared, so a test that changes weights takes a copy"
-    return request.param, make_decoder(request.param)
-
-
 @pytest.fixture(scope="module")
 def ids():
     "Token ids `(2, 24)`, three windows long; none of them padding or an image"

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import DECODERS, LAYERS, make_decoder
+from conftest import LAYERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_architectures import everything, forward_by_hand, logits, parts
@@ -17,12 +17,6 @@ from entrodrop.models import describe_model
 from entrodrop.surgery import Block, Drop, LinearMap, NewWeights, Plan, drop, edited, plan_record, write_plan
 
 close = dict(rtol=1e-4, atol=1e-4)
-
-
-@pytest.fixture(scope="module", params=list(DECODERS))
-def named(request):
-    "Name and model of each architecture in turn; shared, so a test that changes weights takes a copy"
-    return request.param, make_decoder(request.param)
 
 
 @pytest.fixture(scope="module")
